@@ -1,0 +1,74 @@
+"""Attribution to single neurons of language models, and tests of it by ablation.
+
+    import attribution as at
+    model = at.load("bundled:gpt2")
+    at.attribute(model, "The capital of France is", " Paris", k=10)
+
+The names below are imported on first use, so that the pytest plugin costs nothing to those who do not use it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attribution.errors import AttributionError
+    from attribution.evaluation import Ranking, ablate, attribute, evaluate, known_prompts
+    from attribution.knowledge import Prompt, load_knowledge
+    from attribution.methods import register_method
+    from attribution.metrics import Outcome, measure
+    from attribution.model import Model, load
+    from attribution.records import AttentionNeuron, FFNNeuron, Head, Layer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttentionNeuron": "records",
+    "AttributionError": "errors",
+    "FFNNeuron": "records",
+    "Head": "records",
+    "Layer": "records",
+    "Model": "model",
+    "Outcome": "metrics",
+    "Prompt": "knowledge",
+    "Ranking": "evaluation",
+    "ablate": "evaluation",
+    "attribute": "evaluation",
+    "evaluate": "evaluation",
+    "known_prompts": "evaluation",
+    "load": "model",
+    "load_knowledge": "knowledge",
+    "measure": "metrics",
+    "register_method": "methods",
+}
+
+__all__ = [
+    "AttentionNeuron",
+    "AttributionError",
+    "FFNNeuron",
+    "Head",
+    "Layer",
+    "Model",
+    "Outcome",
+    "Prompt",
+    "Ranking",
+    "ablate",
+    "attribute",
+    "evaluate",
+    "known_prompts",
+    "load",
+    "load_knowledge",
+    "measure",
+    "register_method",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}.")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

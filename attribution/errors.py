@@ -1,0 +1,25 @@
+"""The one exception that every complaint of this package derives from."""
+
+from __future__ import annotations
+
+__all__ = ["AttributionError", "BadInputError", "KnowledgeError", "ModelError", "UnsupportedModelError"]
+
+
+class AttributionError(Exception):
+    """Base of all errors raised on purpose; its message is one sentence: value, expectation, remedy."""
+
+
+class BadInputError(AttributionError, ValueError):
+    """An argument that cannot be used: a prompt, an answer, a method, a unit, a number."""
+
+
+class KnowledgeError(AttributionError, ValueError):
+    """A knowledge file that breaks a rule; the message starts with ``file:line``."""
+
+
+class ModelError(AttributionError):
+    """A model that cannot be found, cannot be loaded or cannot be trusted."""
+
+
+class UnsupportedModelError(ModelError):
+    """A model family that :mod:`attribution.anatomy` has no record of."""
