@@ -1,0 +1,73 @@
+"""Metrics after a true rerun: rank, reciprocal rank, probability and log-probability of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attribution.errors import BadInputError
+
+__all__ = ["METRICS", "Outcome", "measure", "outranks_rivals"]
+
+METRICS = ("mrr", "prob", "logp")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a model answers one prompt.
+
+    Attributes:
+        rank: 1-based place of the answer over the full vocabulary; tokens with an equal logit count as ahead of
+            it, so that a model that prefers nothing answers nothing.
+        mrr: 1 / rank; its mean over prompts is the mean reciprocal rank.
+        prob: Probability of the answer, 0 to 1.
+        logp: Its natural logarithm, in nats.
+    """
+
+    rank: int
+    mrr: float
+    prob: float
+    logp: float
+
+
+def measure(logits: Tensor, answer_id: int) -> Outcome:
+    """Return rank, reciprocal rank, probability and log-probability of an answer.
+
+    Args:
+        logits: The model's logits at the last position, (vocabulary,).
+        answer_id: The answer's token id.
+
+    Raises:
+        BadInputError: If the logits are not a finite vector or the id lies outside it.
+    """
+    if logits.ndim != 1:
+        raise BadInputError(f"logits have shape {tuple(logits.shape)}; give one prompt's, of shape (vocabulary,).")
+    if not 0 <= answer_id < len(logits):
+        raise BadInputError(f"answer id {answer_id} is not between 0 and {len(logits) - 1}; use the model's tokenizer.")
+    if not torch.isfinite(logits).all():
+        raise BadInputError(
+            "logits hold NaN or infinite numbers; load the model again, or leave out the edit that made them."
+        )
+    # A logarithm of a rounded softmax would lose everything below 1e-16.
+    logp = float(logits.double().log_softmax(-1)[answer_id])
+    rank = int((logits >= logits[answer_id]).sum())
+    return Outcome(rank, 1 / rank, float(torch.tensor(logp, dtype=torch.float64).exp()), logp)
+
+
+def outranks_rivals(logits: Tensor, answer_id: int, rival_ids: Sequence[int]) -> bool:
+    """Say whether a prompt passes the paper's selection rule.
+
+    The answer must be among the ten most likely tokens and above every other word of its type.
+
+    Args:
+        logits: The model's logits at the last position, (vocabulary,).
+        answer_id: The answer's token id.
+        rival_ids: Token ids of every word of the answer's type; the answer's own is ignored.
+    """
+    if measure(logits, answer_id).rank > 10:
+        return False
+    rivals = [rival for rival in rival_ids if rival != answer_id]
+    return not rivals or bool(logits[answer_id] > logits[rivals].max())
