@@ -1,0 +1,229 @@
+"""Claims as data, verdicts as evidence: the one place where measurements are judged.
+
+Prompts that ask for the same fact in other words are not independent, so intervals come from resampling facts
+with all their prompts (a cluster bootstrap). With one prompt per fact it is the ordinary paired bootstrap over
+prompts; with three it is wider, and honest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from attribution.errors import BadInputError
+
+__all__ = ["Claim", "Status", "Verdict", "judge", "judge_exact"]
+
+RESAMPLES = 9999
+# Fixed, so that a verdict does not change between two runs on the same numbers.
+BOOTSTRAP_SEED = 20241112
+
+
+class Status(str, Enum):
+    """What the evidence says of a claim."""
+
+    SUPPORTED = "supported"
+    """The whole interval lies where the claim says."""
+    REFUTED = "refuted"
+    """The whole interval lies where the claim says it does not."""
+    INCONCLUSIVE = "inconclusive"
+    """The interval straddles the threshold, or there are too few prompts."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement about a model that a measurement can contradict.
+
+    Attributes:
+        id: Short name, for tables.
+        sentence: What is claimed, in words.
+        source: Table or equation of the paper, or ``"ours"``.
+        effect: What the effect is, with its unit.
+        test: ``"above"``: the 95% interval lies above ``threshold``. ``"within"``: the 90% interval lies between
+            ``-threshold`` and ``threshold`` (two one-sided tests at 5%: the absence of an effect is shown, not
+            the absence of significance). ``"at_most"``: a number without sampling error is at most ``threshold``.
+        threshold: The threshold, in the unit of the effect.
+        control: What shows that the claim could have failed.
+        min_prompts: Fewer prompts make the verdict inconclusive.
+    """
+
+    id: str
+    sentence: str
+    source: str
+    effect: str
+    test: Literal["above", "within", "at_most"]
+    threshold: float
+    control: str
+    min_prompts: int = 0
+
+    @property
+    def confidence(self) -> float:
+        """Level of the two-sided interval that decides the claim; each side errs in at most 5% of cases."""
+        return 0.90 if self.test == "within" else 0.95
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, judged.
+
+    Attributes:
+        claim: The claim.
+        model: The model's name.
+        status: The verdict.
+        effect: Effect size, in the claim's unit.
+        low: Lower end of the interval; the effect itself where nothing was sampled.
+        high: Upper end.
+        n: Number of prompts.
+        facts: Number of facts behind them, the units of resampling.
+        seed: Seed of the measurement's random draws, or ``None`` if it has none.
+        needed: About how many prompts would decide an inconclusive claim, if the effect is what it seems;
+            ``None`` if it is decided or no number would.
+    """
+
+    claim: Claim
+    model: str
+    status: Status
+    effect: float
+    low: float
+    high: float
+    n: int
+    facts: int
+    seed: int | None = None
+    needed: int | None = None
+
+    def sentence(self) -> str:
+        """Return what was claimed, what was measured, and what to do about it."""
+        claim = self.claim
+        wanted = {
+            "above": f"above {claim.threshold:g}",
+            "within": f"within ±{claim.threshold:g}",
+            "at_most": f"at most {claim.threshold:g}",
+        }[claim.test]
+        text = (
+            f"{self.status.value}: {claim.sentence} ({claim.source}) on {self.model}: {claim.effect} is "
+            f"{self.effect:.4g} [{self.low:.4g}, {self.high:.4g}], expected {wanted}; n = {self.n} prompts of "
+            f"{self.facts} facts; control: {claim.control}."
+        )
+        if self.status is Status.INCONCLUSIVE:
+            text += (
+                f" About {self.needed} prompts would decide it."
+                if self.needed
+                else " More prompts of this kind would not decide it; the effect lies on the wrong side."
+            )
+        return text
+
+
+def _interval(
+    numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64], confidence: float
+) -> tuple[float, float]:
+    """Return a bias-corrected bootstrap interval of sum(numerators) / sum(denominators) over facts."""
+    ratios = numerators / denominators
+    if np.ptp(ratios) == 0:
+        # Every resample gives the same ratio, which the bias correction cannot divide by.
+        return float(ratios[0]), float(ratios[0])
+
+    def ratio(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], axis: int = -1) -> npt.NDArray[np.float64]:
+        return np.asarray(a.sum(axis) / b.sum(axis))
+
+    result = stats.bootstrap(
+        (numerators, denominators),
+        ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=500,
+        confidence_level=confidence,
+        method="BCa",
+        rng=np.random.default_rng(BOOTSTRAP_SEED),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _status(claim: Claim, low: float, high: float) -> Status:
+    if claim.test == "above":
+        inside, outside = low > claim.threshold, high <= claim.threshold
+    else:
+        inside = -claim.threshold < low and high < claim.threshold
+        outside = low >= claim.threshold or high <= -claim.threshold
+    return Status.SUPPORTED if inside else Status.REFUTED if outside else Status.INCONCLUSIVE
+
+
+def _needed(claim: Claim, effect: float, low: float, high: float, n: int) -> int | None:
+    """Return about how many prompts would decide: an interval's width falls with the square root of n."""
+    if n < claim.min_prompts:
+        return claim.min_prompts
+    if claim.test == "above":
+        room, width = effect - claim.threshold, effect - low
+    else:
+        room, width = claim.threshold - abs(effect), max(high - effect, effect - low)
+    return math.ceil(n * (width / room) ** 2) if room > 0 else None
+
+
+def judge(
+    claim: Claim,
+    *,
+    model: str,
+    effects: Sequence[float],
+    facts: Sequence[str],
+    baselines: Sequence[float] | None = None,
+    seed: int | None = None,
+) -> Verdict:
+    """Judge a claim about a mean over prompts, or about a ratio of two means.
+
+    Args:
+        claim: The claim; its test is ``"above"`` or ``"within"``.
+        model: The model's name.
+        effects: One number per prompt, such as a paired difference.
+        facts: What each prompt asks about; prompts of one fact are resampled together.
+        baselines: If given, the effect is sum(effects) / sum(baselines), such as a fall relative to the start.
+        seed: Seed of the measurement's random draws, to be reported.
+
+    Raises:
+        BadInputError: If lengths differ or a number is not finite.
+    """
+    values = np.asarray(effects, dtype=np.float64)
+    weights = np.ones_like(values) if baselines is None else np.asarray(baselines, dtype=np.float64)
+    if not len(values) == len(weights) == len(facts):
+        raise BadInputError(
+            f"claim {claim.id!r} got {len(values)} effects, {len(weights)} baselines and {len(facts)} facts; "
+            "give one of each per prompt."
+        )
+    if not (np.isfinite(values).all() and np.isfinite(weights).all()):
+        raise BadInputError(f"claim {claim.id!r} got effects that are NaN or infinite; a measurement is broken.")
+    names, cluster = np.unique(np.asarray(facts, dtype=str), return_inverse=True)
+    if len(names) < 2:
+        nothing = float("nan")
+        return Verdict(
+            claim, model, Status.INCONCLUSIVE, nothing, nothing, nothing, len(values), len(names), seed,
+            max(claim.min_prompts, 2),
+        )  # fmt: skip
+    numerators, denominators = (np.bincount(cluster, part).astype(np.float64) for part in (values, weights))
+    effect = float(numerators.sum() / denominators.sum())
+    low, high = _interval(numerators, denominators, claim.confidence)
+    status = Status.INCONCLUSIVE if len(values) < claim.min_prompts else _status(claim, low, high)
+    needed = _needed(claim, effect, low, high, len(values)) if status is Status.INCONCLUSIVE else None
+    return Verdict(claim, model, status, effect, low, high, len(values), len(names), seed, needed)
+
+
+def judge_exact(claim: Claim, *, model: str, effect: float, n: int, facts: int) -> Verdict:
+    """Judge a claim about a number that has no sampling error, such as the worst error of an identity.
+
+    Args:
+        claim: The claim; its test is ``"at_most"``.
+        model: The model's name.
+        effect: The number; NaN refutes.
+        n: How many prompts it covers; 0 is inconclusive.
+        facts: How many facts are behind them.
+    """
+    if n < max(claim.min_prompts, 1):
+        needed = max(claim.min_prompts, 1)
+        return Verdict(claim, model, Status.INCONCLUSIVE, effect, effect, effect, n, facts, None, needed)
+    status = Status.SUPPORTED if effect <= claim.threshold else Status.REFUTED
+    return Verdict(claim, model, status, effect, effect, effect, n, facts)
