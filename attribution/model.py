@@ -101,7 +101,7 @@ def _why_not(name: str, source: str, error: Exception) -> str:
         )
     return (
         f"model {name!r} cannot be loaded from the hub as {source!r} ({cause}); go online (and log in if it is gated), "
-        f"put its files in DIR/{name} and pass --models-dir DIR or set ATTRIBUTION_MODELS=DIR, or choose a bundled "
+        f"put its files in DIR/{name} and pass --models-dir=DIR or set ATTRIBUTION_MODELS=DIR, or choose a bundled "
         "model."
     )
 

@@ -53,7 +53,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--models-dir",
         metavar="DIR",
         default=None,
-        help="folder of model folders (DIR/gpt2 and so on), used instead of the hub; also ATTRIBUTION_MODELS",
+        help="folder of model folders (DIR/gpt2 and so on), used instead of the hub; write --models-dir=DIR, with the "
+        "equals sign, or pytest takes DIR for a path of tests; also ATTRIBUTION_MODELS",
     )
 
 

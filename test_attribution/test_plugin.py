@@ -99,7 +99,7 @@ def test_table_is_whole_under_several_reports_and_absent_without_claims(suite: p
 def test_model_that_cannot_be_loaded_is_one_error_with_remedies_never_a_skip(
     suite: pytest.Pytester, tmp_path: Path
 ) -> None:
-    result = suite.runpytest_subprocess("-m", "gpt2", "--models-dir", str(tmp_path))
+    result = suite.runpytest_subprocess("-m", "gpt2", f"--models-dir={tmp_path}")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(errors=1, deselected=11)
     text = result.stdout.str()
@@ -117,7 +117,7 @@ def test_hub_that_cannot_be_reached_is_an_error_that_names_the_remedies(
     result = suite.runpytest_subprocess("-m", "gpt2")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     text = " ".join(result.stdout.str().split())
-    for remedy in ("go online", "--models-dir DIR", "ATTRIBUTION_MODELS=DIR", "choose a bundled model"):
+    for remedy in ("go online", "--models-dir=DIR", "ATTRIBUTION_MODELS=DIR", "choose a bundled model"):
         assert remedy in text
 
 
@@ -125,9 +125,11 @@ def test_real_model_path_loads_a_folder_in_the_layout_of_the_hub(
     suite: pytest.Pytester, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "gpt2").symlink_to(folders["gpt2"], target_is_directory=True)
-    result = suite.runpytest_subprocess("-m", "gpt2 and superiority", "--models-dir", str(tmp_path), "-k", "good")
+    result = suite.runpytest_subprocess("-m", "gpt2 and superiority", f"--models-dir={tmp_path}", "-k", "good")
     result.assert_outcomes(passed=1, deselected=12)
     result.stdout.fnmatch_lines(["gpt2 * ours * supported"])
+    # Written with a space, pytest would take DIR for a path of tests and look for its settings there.
+    result.stdout.fnmatch_lines([f"rootdir: {suite.path}"])
 
 
 @pytest.mark.parametrize(

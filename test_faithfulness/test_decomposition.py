@@ -25,7 +25,7 @@ def test_residual_stream_is_the_sum_of_its_parts(
         effect="worst error over layers and positions, in units of the rounding bound",
         test="at_most",
         threshold=1,
-        control="leaving out a bias or one neuron exceeds the bound (test_attribution/test_decomposition.py)",
+        control="leaving out a bias or one neuron exceeds the bound (test_attribution/test_identities.py)",
     )
     error = attribution_model.decomposition_errors[identity]
     n, facts = len(attribution_model.known), attribution_model.known_facts
