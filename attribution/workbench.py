@@ -11,6 +11,7 @@ import pandas as pd
 from attribution.decomposition import IDENTITIES, decomposition_errors
 from attribution.evaluation import evaluate, known_prompts, traced_batches
 from attribution.knowledge import Knowledge, Prompt
+from attribution.metrics import METRICS
 from attribution.model import Model
 
 __all__ = ["Workbench"]
@@ -59,6 +60,10 @@ class Workbench:
         Returns:
             Method to its frame, one row per known prompt in the same order, see :func:`attribution.evaluate`.
         """
+        if not self.known:
+            # Nothing to measure: the judge then says that there are too few prompts.
+            columns = ["fact", *(f"{metric}_{when}" for metric in METRICS for when in ("before", "after"))]
+            return {name: pd.DataFrame(columns=columns, dtype=float) for name in methods}
         key = (methods, tuple(sorted(k.items())), seed)
         if key not in self._experiments:
             self._experiments[key] = evaluate(
