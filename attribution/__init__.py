@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attribution.errors import AttributionError
-    from attribution.evaluation import Ranking, ablate, attribute, evaluate, known_prompts
+    from attribution.evaluation import ablate, evaluate, known_prompts
     from attribution.knowledge import Prompt, load_knowledge
     from attribution.methods import register_method
     from attribution.metrics import Outcome, measure
     from attribution.model import Model, load
-    from attribution.records import AttentionNeuron, FFNNeuron, Head, Layer
+    from attribution.ranking import Ranking, attribute
+    from attribution.records import AttentionNeuron, FFNNeuron, Head, HeadPosition, Layer
 
 __version__ = "0.1.0"
 
@@ -28,13 +29,14 @@ _HOMES = {
     "AttributionError": "errors",
     "FFNNeuron": "records",
     "Head": "records",
+    "HeadPosition": "records",
     "Layer": "records",
     "Model": "model",
     "Outcome": "metrics",
     "Prompt": "knowledge",
-    "Ranking": "evaluation",
+    "Ranking": "ranking",
     "ablate": "evaluation",
-    "attribute": "evaluation",
+    "attribute": "ranking",
     "evaluate": "evaluation",
     "known_prompts": "evaluation",
     "load": "model",
@@ -48,6 +50,7 @@ __all__ = [
     "AttributionError",
     "FFNNeuron",
     "Head",
+    "HeadPosition",
     "Layer",
     "Model",
     "Outcome",

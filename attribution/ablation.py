@@ -1,34 +1,63 @@
-"""Ablation: rerun the model with chosen neurons switched off, many variants in one forward pass.
+"""Ablation: rerun the model with chosen components replaced, many variants in one forward pass, or edit its weights.
 
-With :mod:`attribution.trace` the only module that imports nnsight. The weights are never touched: an edit lives
-inside one trace and ends with it.
+Two mechanisms, equal where METHOD says so. An edit of activations lives inside one trace and ends with it; the weights
+are never touched. An edit of parameters is made on a copy that shares every other tensor and is undone with its block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+import random
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.anatomy import Anatomy, resolve
+from attribution import questions
+from attribution.anatomy import Anatomy, read_anatomy, resolve
 from attribution.errors import BadInputError
-from attribution.records import AttentionNeuron, FFNNeuron, Neuron
-from attribution.tokens import TokenBatch
+from attribution.model import Model
+from attribution.records import AttentionNeuron, Component, FFNNeuron, Head, HeadPosition, Layer
+from attribution.tokens import TokenBatch, chunk_by_length, pad
+from attribution.trace import Edits, Filler, rerun, run, wrap
 
-if TYPE_CHECKING:
-    from attribution.model import Model
-
-__all__ = ["AblationKind", "ablation_masks", "last_logits"]
+__all__ = [
+    "AblationKind",
+    "Donors",
+    "Masks",
+    "Means",
+    "Reference",
+    "ablated_logits",
+    "ablation_kind",
+    "ablation_masks",
+    "reference_of",
+    "zeroed_parameters",
+]
 
 
 class AblationKind(str, Enum):
-    """What an ablated neuron's coefficient is replaced with, at every position."""
+    """What an ablated coefficient is replaced with.
+
+    The coefficient of an FFN neuron is m, of a dimension of a head its mixed value, both at every position; of one
+    source position it is alpha * val as read by the last position.
+    """
 
     ZERO = "zero"
-    """Zero, as in the paper: equal to setting the neuron's value vector to zero in the weights."""
+    """Zero, as in the paper: equal to setting the value vector to zero in the weights."""
+
+    MEAN = "mean"
+    """Its mean over a reference set: over all real tokens of all prompts, each token once. For one source position,
+    the mean of alpha * val over all source positions that the prompts' last positions read."""
+
+    RESAMPLE = "resample"
+    """What it is in another prompt, drawn from a reference set for each ablated prompt. Both are aligned at their
+    last token, where the answer is read; positions before the donor's first take what it has there."""
 
 
 def ablation_kind(kind: str) -> AblationKind:
@@ -41,81 +70,411 @@ def ablation_kind(kind: str) -> AblationKind:
         return AblationKind(kind)
     except ValueError:
         names = ", ".join(member.value for member in AblationKind)
-        raise BadInputError(f"ablation kind {kind!r} is unknown; use {names}.") from None
+        raise BadInputError(f"ablation kind {kind!r} is unknown; use one of {names}.") from None
 
 
-def _check_inside(neuron: Neuron, *sizes: tuple[str, int]) -> None:
-    for name, size in sizes:
-        if not 0 <= getattr(neuron, name) < size:
-            raise BadInputError(
-                f"{neuron!r} has {name} {getattr(neuron, name)}, but the model has {size}; count from 0."
-            )
+@dataclass(frozen=True)
+class Masks:
+    """Which coefficients each variant replaces.
+
+    Attributes:
+        ffn: FFN neurons, at every position, (layers, variants, ffn_neurons).
+        attention: Dimensions of heads, at every query and source position, (layers, variants, heads, head_dim).
+        sources: Dimensions of heads at one source position, as read by the last position, (layers, variants, heads,
+            head_dim, positions); none that ``attention`` replaces anyway. There are no positions if none is marked.
+    """
+
+    ffn: Tensor
+    attention: Tensor
+    sources: Tensor
+
+    def distinct(self) -> Tensor:
+        """Return how many coefficients each variant replaces, (variants,)."""
+        masks = (self.ffn, self.attention.flatten(2), self.sources.flatten(2))
+        return torch.stack([mask.sum(-1, dtype=torch.int32).sum(0) for mask in masks]).sum(0)
 
 
-def _mask(shape: tuple[int, int, int], places: list[tuple[int, int, int]]) -> Tensor:
-    mask = torch.zeros(shape, dtype=torch.bool)
-    if places:
-        mask[tuple(torch.tensor(places).T)] = True
-    return mask
-
-
-def ablation_masks(variants: Sequence[Iterable[Neuron]], anatomy: Anatomy) -> tuple[Tensor, Tensor]:
-    """Return which coefficients each variant switches off.
-
-    An attention neuron is switched off as a (layer, head, dim), at all source and query positions: its value
-    vector is shared by them, so 200 ranked attention neurons may be fewer dimensions.
-
-    Args:
-        variants: One collection of neurons per row of the batch.
-        anatomy: The model's anatomy.
-
-    Returns:
-        Two boolean masks, (layers, variants, ffn_neurons) and (layers, variants, heads * head_dim).
+def _columns(found: list[tuple[int, Component]], **sizes: int) -> tuple[Tensor, ...]:
+    """Return variants and the named fields of records, each (n,), checked against what the model has.
 
     Raises:
-        BadInputError: If a neuron is of another kind or lies outside the model.
+        BadInputError: If a field lies outside.
     """
-    # Places are gathered first: one indexed assignment is far cheaper than one per neuron.
-    ffn_places: list[tuple[int, int, int]] = []
-    attention_places: list[tuple[int, int, int]] = []
-    for variant, neurons in enumerate(variants):
-        for neuron in neurons:
-            if isinstance(neuron, FFNNeuron):
-                _check_inside(neuron, ("layer", anatomy.layers), ("index", anatomy.ffn_neurons))
-                ffn_places.append((neuron.layer, variant, neuron.index))
-            elif isinstance(neuron, AttentionNeuron):
-                _check_inside(neuron, ("layer", anatomy.layers), ("head", anatomy.heads), ("dim", anatomy.head_dim))
-                attention_places.append((neuron.layer, variant, neuron.head * anatomy.head_dim + neuron.dim))
-            else:
-                raise BadInputError(f"{neuron!r} cannot be ablated; pass FFNNeuron or AttentionNeuron records.")
-    ffn = _mask((anatomy.layers, len(variants), anatomy.ffn_neurons), ffn_places)
-    attention = _mask((anatomy.layers, len(variants), anatomy.heads * anatomy.head_dim), attention_places)
-    return ffn, attention
+    if not found:
+        return torch.empty(1 + len(sizes), 0, dtype=torch.long).unbind()
+    # numpy reads long lists several times faster than torch does.
+    values = torch.from_numpy(np.array([[getattr(record, name) for _, record in found] for name in sizes]))
+    limits = torch.tensor(list(sizes.values()))[:, None]
+    outside = (values < 0) | (values >= limits)
+    if outside.any():
+        place, row = outside.nonzero()[0].tolist()
+        (name, size), record = list(sizes.items())[place], found[row][1]
+        raise BadInputError(f"{record!r} has {name} {getattr(record, name)}, but the model has {size}; count from 0.")
+    return torch.from_numpy(np.array([variant for variant, _ in found])), *values
 
 
-def last_logits(model: Model, batch: TokenBatch, variants: Sequence[Iterable[Neuron]] | None = None) -> Tensor:
-    """Rerun a batch, each row with its own neurons set to zero, and return the logits after it.
+def ablation_masks(
+    variants: Sequence[Collection[Component]],
+    anatomy: Anatomy,
+    batch: TokenBatch | None = None,
+    *,
+    at_source: bool = False,
+) -> Masks:
+    """Return which coefficients each variant replaces.
+
+    Records of all kinds may be mixed; what several of them name counts once. By default an attention neuron is its
+    (layer, head, dim), at all query and source positions: its value vector is shared by them, so 200 ranked attention
+    neurons may be fewer dimensions. A head is all of its dimensions, a layer all neurons of the sublayer. Biases of
+    the output projections belong to none and stay.
+
+    Args:
+        variants: One collection of records per row of the batch.
+        anatomy: The model's anatomy.
+        batch: The tokens; only what is ablated at one source position needs them.
+        at_source: Take attention neurons at their own source position, as read by the last position, and nowhere
+            else.
+
+    Raises:
+        BadInputError: If a record is of no known kind or lies outside the model or its prompt.
+    """
+    found: dict[type, list[tuple[int, Any]]] = {
+        kind: [] for kind in (FFNNeuron, AttentionNeuron, Head, HeadPosition, Layer)
+    }
+    for number, records in enumerate(variants):
+        for record in records:
+            if type(record) not in found:
+                raise BadInputError(
+                    f"{record!r} cannot be ablated; pass records: {', '.join(kind.__name__ for kind in found)}."
+                )
+            found[type(record)].append((number, record))
+    sizes = {"layer": anatomy.layers, "head": anatomy.heads}
+    # Places are gathered first: one indexed assignment is far cheaper than one per record.
+    ffn = torch.zeros(anatomy.layers, len(variants), anatomy.ffn_neurons, dtype=torch.bool)
+    variant, layer, index = _columns(found[FFNNeuron], layer=anatomy.layers, index=anatomy.ffn_neurons)
+    ffn[layer, variant, index] = True
+    attention = torch.zeros(anatomy.layers, len(variants), anatomy.heads, anatomy.head_dim, dtype=torch.bool)
+    variant, layer, head = _columns(found[Head], **sizes)
+    attention[layer, variant, head] = True
+    sublayers = {"ffn": ffn, "attention": attention}
+    for _, record in found[Layer]:
+        if record.kind not in sublayers:
+            raise BadInputError(f"{record!r} has kind {record.kind!r}; use {' or '.join(sublayers)}.")
+    for kind, mask in sublayers.items():
+        variant, layer = _columns([each for each in found[Layer] if each[1].kind == kind], layer=anatomy.layers)
+        mask[layer, variant] = True
+    if not at_source:
+        variant, layer, head, dim = _columns(found[AttentionNeuron], **sizes, dim=anatomy.head_dim)
+        attention[layer, variant, head, dim] = True
+    sources = _source_mask(found[HeadPosition], found[AttentionNeuron] if at_source else [], attention, batch)
+    return Masks(ffn, attention, sources)
+
+
+def _source_mask(
+    heads: list[tuple[int, Any]], dims: list[tuple[int, Any]], attention: Tensor, batch: TokenBatch | None
+) -> Tensor:
+    """Return what is replaced at one source position but nowhere else, as in :class:`Masks`."""
+    if not heads and not dims:
+        return attention.new_zeros(*attention.shape, 0)
+    if batch is None:
+        raise BadInputError(
+            f"{(heads + dims)[0][1]!r} has no parameters of its own: all source positions share them; ablate the Head."
+        )
+    tokens = (batch.last + 1).tolist()
+    for number, record in heads + dims:
+        if not 0 <= record.position < tokens[number]:
+            raise BadInputError(
+                f"{record!r} has position {record.position}, but its prompt has {tokens[number]} tokens; count from 0."
+            )
+    (layers, _, each_layer, head_dim), positions = attention.shape, batch.ids.shape[1]
+    sources = attention.new_zeros(*attention.shape, positions)
+    variant, layer, head, position = _columns(heads, layer=layers, head=each_layer, position=positions)
+    sources[layer, variant, head, :, position] = True
+    variant, layer, head, dim, position = _columns(
+        dims, layer=layers, head=each_layer, dim=head_dim, position=positions
+    )
+    sources[layer, variant, head, dim, position] = True
+    return sources & ~attention[..., None]
+
+
+@dataclass(frozen=True)
+class Means:
+    """Mean coefficients over a reference set, float64.
+
+    Attributes:
+        coefficients: m of FFN neurons, (layers, ffn_neurons).
+        mixed_values: Mixed values, (layers, heads * head_dim).
+        sources: alpha * val of a source position as read by the last position, (layers, heads, head_dim).
+    """
+
+    coefficients: Tensor
+    mixed_values: Tensor
+    sources: Tensor
+
+
+@dataclass(frozen=True)
+class Donors:
+    """Prompts that ablated ones take their coefficients from.
+
+    Attributes:
+        prompts: Distinct prompts, as token ids.
+        seed: Seed of the draws.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    seed: int
+
+    def donor_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the prompt that one takes its coefficients from: any other one, drawn by its tokens and the seed.
+
+        Raises:
+            BadInputError: If there is no other.
+        """
+        # Seeded by the prompt, so that its donor does not depend on its place in a batch. Of two distinct prompts one
+        # at least is another.
+        drawn = random.Random(f"{self.seed} {ids}").sample(self.prompts, min(2, len(self.prompts)))
+        for prompt in drawn:
+            if prompt != ids:
+                return prompt
+        raise BadInputError(
+            f"kind 'resample' found {len(self.prompts)} reference prompts and none that differs from the ablated one; "
+            "add others to the reference."
+        )
+
+
+Reference: TypeAlias = Means | Donors
+"""What ablated coefficients are replaced with, other than zero."""
+
+
+def reference_of(
+    model: Model,
+    kind: str,
+    prompts: Sequence[Sequence[int]] | None,
+    *,
+    ablated: Sequence[Sequence[int]] = (),
+    seed: int = 0,
+) -> Reference | None:
+    """Prepare what a kind of ablation takes its values from.
+
+    Args:
+        model: A loaded model.
+        kind: An ablation kind.
+        prompts: Reference prompts, as token ids. One that is listed twice counts twice in the means, and once among
+            donors.
+        ablated: Prompts that will be ablated, to complain early of one that no other could be the donor of.
+        seed: Seed for ``"resample"``.
+
+    Returns:
+        ``None`` for ``"zero"``.
+
+    Raises:
+        BadInputError: If the kind is unknown, has a reference that it does not take, lacks one, or a prompt lacks a
+            donor.
+    """
+    chosen = ablation_kind(kind)
+    if chosen is AblationKind.ZERO:
+        if prompts is not None:
+            raise BadInputError(
+                f"kind 'zero' takes nothing from a reference, but one of {len(prompts)} prompts was given; leave it "
+                "out, or use kind 'mean' or 'resample'."
+            )
+        return None
+    if not prompts:
+        raise BadInputError(
+            f"kind {chosen.value!r} takes its values from reference prompts, but none were given; pass reference=[...] "
+            "or use kind 'zero'."
+        )
+    if chosen is AblationKind.MEAN:
+        return _means(model, prompts)
+    donors = Donors(tuple(dict.fromkeys(tuple(prompt) for prompt in prompts)), seed)
+    for ids in ablated:
+        donors.donor_of(tuple(ids))
+    return donors
+
+
+def _means(model: Model, prompts: Sequence[Sequence[int]]) -> Means:
+    totals: dict[str, Tensor] = {}
+    for part in chunk_by_length([len(prompt) for prompt in prompts], questions.CHUNK_TOKENS):
+        for name, total in _sums(model, pad([prompts[row] for row in part], device=model.device)).items():
+            totals[name] = totals[name] + total if name in totals else total
+    # A last position reads as many source positions as its prompt has tokens, so one number divides all three.
+    tokens = sum(len(prompt) for prompt in prompts)
+    return Means(**{name: total / tokens for name, total in totals.items()})
+
+
+def _sums(model: Model, batch: TokenBatch) -> dict[str, Tensor]:
+    """Return the sums that the fields of :class:`Means` are made of."""
+    anatomy, family = model.anatomy, model.anatomy.family
+    real, rows = batch.mask.bool(), torch.arange(len(batch.last), device=batch.last.device)
+
+    def visit(network: Any, saved: dict[str, Any]) -> None:
+        sums: dict[str, list[Tensor]] = {"coefficients": [], "mixed_values": [], "sources": []}
+        for block in anatomy.blocks(network):
+            mixed = resolve(block, family.attention_out).input.reshape(*batch.ids.shape, -1)
+            sums["mixed_values"].append(mixed[real].sum(0, dtype=torch.float64))
+            # What a head takes of all source positions together is its mixed value.
+            taken = mixed[rows, batch.last].sum(0, dtype=torch.float64)
+            sums["sources"].append(taken.unflatten(-1, (anatomy.heads, anatomy.head_dim)))
+            coefficients = resolve(block, family.ffn_out).input.reshape(*batch.ids.shape, -1)
+            sums["coefficients"].append(coefficients[real].sum(0, dtype=torch.float64))
+        saved.update({name: torch.stack(layers).detach() for name, layers in sums.items()})
+
+    return run(model, batch, visit, whole=False)
+
+
+def _edits(
+    masks: Masks,
+    device: torch.device,
+    *,
+    coefficients: Sequence[Filler],
+    mixed_values: Sequence[Filler],
+    sources: Sequence[Filler],
+) -> Edits:
+    """Return the edits that put each layer's filler where the masks say."""
+
+    def by_layer(mask: Tensor, fillers: Sequence[Filler]) -> dict[int, tuple[Tensor, Filler]]:
+        mask = mask.to(device)
+        return {layer: (mask[layer], filler) for layer, filler in enumerate(fillers) if mask[layer].any()}
+
+    return Edits(
+        coefficients=by_layer(masks.ffn[:, :, None], coefficients),
+        mixed_values=by_layer(masks.attention.flatten(-2)[:, :, None], mixed_values),
+        sources=by_layer(masks.sources, sources),
+    )
+
+
+def ablated_logits(
+    model: Model,
+    batch: TokenBatch,
+    variants: Sequence[Collection[Component]],
+    *,
+    reference: Reference | None = None,
+    at_source: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rerun a batch, each row with its own components replaced.
 
     Args:
         model: A loaded model.
         batch: Right-padded tokens.
-        variants: The neurons to switch off in each row; nothing is edited when ``None``.
+        variants: What to replace in each row.
+        reference: What with; zero when ``None``.
+        at_source: See :func:`ablation_masks`.
 
     Returns:
-        (batch, vocabulary), at each row's last real token.
-    """
-    import nnsight
+        Logits at each row's last real token, (batch, vocabulary), and how many distinct coefficients were replaced in
+        each row, (batch,).
 
-    anatomy, family, network = model.anatomy, model.anatomy.family, model.network
-    empty: Sequence[Iterable[Neuron]] = [()] * len(batch.last)
-    ffn, attention = (mask.to(batch.ids.device) for mask in ablation_masks(variants or empty, anatomy))
-    rows = torch.arange(len(batch.last), device=batch.last.device)
-    logits: Tensor
-    with network.trace(batch.inputs()):
-        for layer, block in enumerate(anatomy.blocks(network)):
-            for mask, path in ((attention[layer], family.attention_out), (ffn[layer], family.ffn_out)):
-                if mask.any():
-                    projection = resolve(block, path)
-                    projection.input = projection.input.masked_fill(mask[:, None], 0)
-        logits = nnsight.save(resolve(network, family.unembedding).output[rows, batch.last].detach())
-    return logits
+    Raises:
+        BadInputError: If a record cannot be ablated, or a row has no donor.
+    """
+    if isinstance(reference, Donors):
+        return _resampled_logits(model, batch, variants, reference, at_source)
+    masks = ablation_masks(variants, model.anatomy, batch, at_source=at_source)
+    if reference is None:
+        zeros: list[Filler] = [torch.zeros((), device=model.device)] * model.anatomy.layers
+        edits = _edits(masks, model.device, coefficients=zeros, mixed_values=zeros, sources=zeros)
+    else:
+        edits = _edits(
+            masks,
+            model.device,
+            coefficients=list(reference.coefficients),
+            mixed_values=list(reference.mixed_values),
+            sources=list(reference.sources[..., None]),
+        )
+    return rerun(model, batch, edits), masks.distinct()
+
+
+def _resampled_logits(
+    model: Model, batch: TokenBatch, variants: Sequence[Collection[Component]], donors: Donors, at_source: bool
+) -> tuple[Tensor, Tensor]:
+    """Rerun a batch with its donors in the same forward pass, so that none of their activations has to be kept."""
+    rows = [tuple(ids[: last + 1]) for ids, last in zip(batch.ids.tolist(), batch.last.tolist(), strict=True)]
+    # A row without edits needs no donor.
+    chosen = [donors.donor_of(row) if variant else row for row, variant in zip(rows, variants, strict=True)]
+    weights = model.anatomy.readout.unembedding
+    logits = weights.new_empty(len(rows), model.anatomy.vocabulary)
+    distinct = torch.zeros(len(rows), dtype=torch.long)
+    lengths = [max(len(row), len(donor)) for row, donor in zip(rows, chosen, strict=True)]
+    # A donor may be much longer than the batch that was planned.
+    for part in chunk_by_length(lengths, questions.CHUNK_TOKENS):
+        extra = list(dict.fromkeys(chosen[row] for row in part if chosen[row] != rows[row]))
+        places = {donor: place for place, donor in enumerate(extra, start=len(part))}
+        giver = [places.get(chosen[row], place) for place, row in enumerate(part)] + list(places.values())
+        joined = pad([*(rows[row] for row in part), *extra], device=model.device)
+        masks = ablation_masks(
+            [*(variants[row] for row in part), *([] for _ in extra)], model.anatomy, joined, at_source=at_source
+        )
+        take = partial(_aligned, giver=torch.tensor(giver, device=model.device), last=joined.last)
+        everywhere: list[Filler] = [partial(take, axis=1)] * model.anatomy.layers
+        sources: list[Filler] = [partial(take, axis=-1)] * model.anatomy.layers
+        edits = _edits(masks, model.device, coefficients=everywhere, mixed_values=everywhere, sources=sources)
+        logits[part] = rerun(model, joined, edits)[: len(part)]
+        distinct[part] = masks.distinct()[: len(part)]
+    return logits, distinct
+
+
+def _aligned(tensor: Tensor, giver: Tensor, last: Tensor, *, axis: int) -> Tensor:
+    """Return for each row what its giver has, aligned at the last real token.
+
+    Args:
+        tensor: (batch, ...).
+        giver: Row that each row takes from, (batch,).
+        last: Position of each row's last real token, (batch,).
+        axis: The axis of positions.
+    """
+    by_position = tensor.movedim(axis, 1)
+    positions = torch.arange(by_position.shape[1], device=tensor.device) + (last[giver] - last)[:, None]
+    # Behind a row's last token stands padding, which may lie beyond the giver's.
+    return by_position[giver[:, None], positions.clamp(0, by_position.shape[1] - 1)].movedim(1, axis)
+
+
+@contextmanager
+def zeroed_parameters(model: Model, neurons: Collection[Component]) -> Iterator[Model]:
+    """Give a model whose value vectors are zero for some components: the paper's way of switching them off.
+
+    The vectors are rows of the down projection and of the attention's output projection; biases stay. The model is a
+    copy that shares every tensor but the edited projections with the original, which is not touched. On leaving the
+    block, also by an exception, the copy's weights are the original's again, so that no reference to it carries the
+    edit on.
+
+    Args:
+        model: A loaded model.
+        neurons: What to switch off. An attention neuron is its (layer, head, dim); what is ablated at one source
+            position has no parameters of its own.
+
+    Yields:
+        The edited model, with its own network and anatomy.
+
+    Raises:
+        BadInputError: If a record cannot be ablated by parameters.
+    """
+    anatomy, family = model.anatomy, model.anatomy.family
+    masks = ablation_masks([neurons], anatomy)
+    chosen = [
+        (sublayer, layer, mask[layer, 0].flatten())
+        for sublayer, mask in (("attention", masks.attention), ("ffn", masks.ffn))
+        for layer in range(anatomy.layers)
+        if mask[layer].any()
+    ]
+    module = model.network._module
+    blocks = anatomy.blocks(module)
+    paths = {"attention": family.attention_out, "ffn": family.ffn_out}
+    edited = {id(resolve(blocks[layer], paths[sublayer]).weight) for sublayer, layer, _ in chosen}
+    # What the memo names is not copied.
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in edited}
+    twin = copy.deepcopy(module, shared)
+    other = replace(model, network=wrap(twin, model.tokenizer), anatomy=read_anatomy(twin, model.name))
+
+    def vectors(of: Anatomy, sublayer: str, layer: int) -> Tensor:
+        """The value vectors of a sublayer: a view of its weight."""
+        return (of.value_vectors if sublayer == "attention" else of.subvalues)[layer]
+
+    try:
+        for sublayer, layer, mask in chosen:
+            vectors(other.anatomy, sublayer, layer)[mask.to(model.device)] = 0
+        yield other
+    finally:
+        for sublayer, layer, _ in chosen:
+            vectors(other.anatomy, sublayer, layer).copy_(vectors(anatomy, sublayer, layer))
+        # What the model computed from the edited weights and kept goes with them.
+        for kept in vars(other).keys() - {each.name for each in fields(other)}:
+            del vars(other)[kept]

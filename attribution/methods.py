@@ -1,4 +1,4 @@
-"""The table of attribution methods: the eight of the paper (its Table 2) and random neurons.
+"""The table of attribution methods: the eight of the paper (its Table 2), the wider field's, and random neurons.
 
 A method maps :class:`~attribution.importance.Candidates` to one score each; larger is more important. Every
 score must depend on its own candidate alone, because candidates are scored in blocks.
@@ -8,17 +8,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from math import prod
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from attribution.errors import BadInputError
-from attribution.importance import UNITS, Candidates, Unit, first_order, log_prob_increase, unit_named
+from attribution.importance import Candidates, first_order, first_order_bound, log_prob_increase
+from attribution.records import NEURON_UNITS, UNITS, Unit, unit_named
 
-__all__ = ["METHODS", "Method", "Score", "bound_candidates", "method_named", "register_method", "score_candidates"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Passes",
+    "Score",
+    "bound_candidates",
+    "method_named",
+    "register_method",
+    "score_candidates",
+]
 
 Score: TypeAlias = Callable[[Candidates], Tensor]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A number of passes through the model, for one prompt and one kind of sublayer.
+
+    Attributes:
+        number: How many.
+        per: What the number is multiplied by.
+    """
+
+    number: float
+    per: tuple[Literal["layer", "step"], ...] = ()
+
+    def of(self, layers: int, steps: int) -> float:
+        """Return the number for a model of so many layers and a path of so many steps."""
+        return self.number * prod({"layer": layers, "step": steps}[each] for each in self.per)
+
+    def __str__(self) -> str:
+        return f"{self.number:g}" + "".join(f" x {each}s" for each in self.per)
 
 
 @dataclass(frozen=True)
@@ -30,40 +61,68 @@ class Method:
         score: Candidates to scores, (n,).
         units: Units that it can score.
         source: Where it comes from.
+        forward: Forward passes.
+        backward: Backward passes.
+        effects: The kind of backward pass whose result it finds in ``candidates.effects``, if any.
         bound: Candidates to upper bounds on their scores, (n,), much cheaper than the scores; lets the top k be
             found without scoring all. ``None`` if there is none.
+        first_order: Candidates to the first-order terms of their scores, (n,), for the ranking to show beside them.
     """
 
     name: str
     score: Score
     units: tuple[Unit, ...]
     source: str
+    forward: Passes = Passes(1)
+    backward: Passes = Passes(0)
+    effects: str | None = None
     bound: Score | None = None
+    first_order: Score | None = None
 
 
+ONE_PASS, NO_PASS = Passes(1), Passes(0)
 METHODS: dict[str, Method] = {}
 
 
 def register_method(
-    name: str, *, unit: Unit | tuple[Unit, ...] = UNITS, source: str, bound: Score | None = None
+    name: str,
+    *,
+    unit: Unit | tuple[Unit, ...] = NEURON_UNITS,
+    source: str,
+    forward: Passes = ONE_PASS,
+    backward: Passes = NO_PASS,
+    effects: str | None = None,
+    bound: Score | None = None,
+    first_order: Score | None = None,
 ) -> Callable[[Score], Score]:
     """Register the decorated function as a method, so that it can be named everywhere and joins the claims.
 
     Args:
         name: A name that is not taken.
-        unit: The unit, or units, that it can score.
+        unit: The unit, or units, that it can score; one that scores FFN and attention neurons scores both together.
         source: Paper, equation or address that defines it.
-        bound: Optional upper bound on the scores, never below them.
+        forward: Forward passes that the effects need; one when left out.
+        backward: Backward passes that they need; none when left out.
+        effects: A kind of :func:`attribution.gradients.read_effects`, if the scores need it.
+        bound: Optional upper bound on the scores, never below them, rounding included.
+        first_order: Optional first-order term of the scores.
 
     Raises:
-        BadInputError: If the name is taken or a unit is unknown.
+        BadInputError: If the name is taken, a unit is unknown, or effects are asked for of what is no neuron.
     """
     units = tuple(unit_named(each) for each in ([unit] if isinstance(unit, str) else unit))
+    if {"ffn", "attention"} <= set(units) and "neuron" not in units:
+        units += ("neuron",)
+    if effects is not None and not set(units) <= set(NEURON_UNITS):
+        raise BadInputError(
+            f"method {name!r} asks for effects {effects!r} of the units {', '.join(units)}; only "
+            f"{', '.join(NEURON_UNITS)} have them, so leave out the others."
+        )
 
     def register(score: Score) -> Score:
         if name in METHODS:
             raise BadInputError(f"method {name!r} is registered already ({METHODS[name].source}); choose another name.")
-        METHODS[name] = Method(name, score, units, source, bound)
+        METHODS[name] = Method(name, score, units, source, forward, backward, effects, bound, first_order)
         return score
 
     return register
@@ -82,7 +141,7 @@ def method_named(name: str, unit: Unit) -> Method:
         )
     method = METHODS[name]
     if unit not in method.units:
-        raise BadInputError(f"method {name!r} scores {' and '.join(method.units)} neurons, not unit {unit!r}.")
+        raise BadInputError(f"method {name!r} scores the units {', '.join(method.units)}, not {unit!r}; use another.")
     return method
 
 
@@ -106,32 +165,42 @@ def _checked(method: Method, role: str, scores: object, candidates: Candidates) 
     if not isinstance(scores, Tensor) or scores.shape != expected.shape or scores.device != expected.device:
         got = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
         raise BadInputError(
-            f"method {method.name!r} returned {got}{role} for {len(candidates)} {candidates.table.unit} neurons; "
-            f"return a tensor of shape ({len(candidates)},) on {expected.device}."
+            f"method {method.name!r} returned {got}{role} for {len(candidates)} candidates of unit "
+            f"{candidates.table.unit!r}; return a tensor of shape ({len(candidates)},) on {expected.device}."
         )
     if torch.isnan(scores).any():
         first = candidates.records(torch.isnan(scores).nonzero()[0])[0]
-        raise BadInputError(f"method {method.name!r} scored {first} as NaN{role}; return a number for every neuron.")
+        raise BadInputError(f"method {method.name!r} scored {first} as NaN{role}; return a number for every candidate.")
     return scores.double()
 
 
 def _log_prob_increase_bound(candidates: Candidates) -> Tensor:
-    return first_order(candidates, candidates.log_probs)
+    return first_order_bound(candidates, candidates.log_probs)
 
 
-@register_method("log_prob_increase", source="Table 2 a), Eq. 13", bound=_log_prob_increase_bound)
+def _log_prob_increase_first_order(candidates: Candidates) -> Tensor:
+    return first_order(candidates.probs[candidates.slot], candidates.update, candidates.answer)
+
+
+@register_method(
+    "log_prob_increase",
+    unit=UNITS,
+    source="Table 2 a), Eq. 13",
+    bound=_log_prob_increase_bound,
+    first_order=_log_prob_increase_first_order,
+)
 def _log_prob_increase(candidates: Candidates) -> Tensor:
     """Return log p(w|x+mv) - log p(w|x), in nats."""
-    return log_prob_increase(candidates.log_probs[candidates.layer], candidates.update, candidates.answer)
+    return log_prob_increase(candidates.log_probs[candidates.slot], candidates.update, candidates.answer)
 
 
 def _log_prob_bound(candidates: Candidates) -> Tensor:
     # log p(w|mv) is the increase over a uniform distribution, whose log-probability is -log V.
-    uniform = torch.zeros_like(candidates.log_probs).log_softmax(-1)
-    return first_order(candidates, uniform) + uniform[0, 0]
+    uniform = torch.zeros_like(candidates.log_probs[:1]).log_softmax(-1)
+    return first_order_bound(candidates, uniform) + uniform[0, 0]
 
 
-@register_method("log_prob", source="Table 2 b)", bound=_log_prob_bound)
+@register_method("log_prob", unit=UNITS, source="Table 2 b)", bound=_log_prob_bound)
 def _log_prob(candidates: Candidates) -> Tensor:
     """Return log p(w|mv), in nats, under the frozen scale."""
     return candidates.update.log_softmax(-1)[:, candidates.answer]
@@ -139,7 +208,7 @@ def _log_prob(candidates: Candidates) -> Tensor:
 
 def _as_probability(candidates: Candidates, increase: Tensor) -> Tensor:
     """p(w|x) * (exp(increase) - 1): an increase of log-probability, as one of probability."""
-    log_prob = candidates.log_probs[candidates.layer, candidates.answer]
+    log_prob = candidates.log_probs[candidates.slot, candidates.answer]
     # The product keeps the digits of a small increase; the difference holds where p(w|x) underflows. No probability
     # exceeds 1, which a bound on the increase may forget.
     small = log_prob.exp() * torch.expm1(increase.clamp(max=1))
@@ -151,7 +220,7 @@ def _prob_increase_bound(candidates: Candidates) -> Tensor:
     return _as_probability(candidates, _log_prob_increase_bound(candidates))
 
 
-@register_method("prob_increase", source="Table 2 c)", bound=_prob_increase_bound)
+@register_method("prob_increase", unit=UNITS, source="Table 2 c)", bound=_prob_increase_bound)
 def _prob_increase(candidates: Candidates) -> Tensor:
     """p(w|x+mv) - p(w|x)."""
     return _as_probability(candidates, _log_prob_increase(candidates))
@@ -169,27 +238,80 @@ def _coefficient(candidates: Candidates) -> Tensor:
     return candidates.coefficient.abs()
 
 
-@register_method("reciprocal_rank", source="Table 2 f)")
+def _reciprocal_rank_bound(candidates: Candidates) -> Tensor:
+    return candidates.of_vector(candidates.table.reciprocal_rank_bounds(candidates.answer))
+
+
+@register_method("reciprocal_rank", source="Table 2 f)", bound=_reciprocal_rank_bound)
 def _reciprocal_rank(candidates: Candidates) -> Tensor:
     """1 / rank(w) in bs(v), whatever the sign of m. Many neurons share rank 1: ties fall by (layer, index)."""
-    return candidates.of_vector(candidates.table.reciprocal_ranks(candidates.answer))
+    return candidates.table.reciprocal_ranks(candidates.slot, candidates.row, candidates.answer)
 
 
-@register_method("output_norm", source="Table 2 g)")
+@register_method("output_norm", unit=UNITS, source="Table 2 g)")
 def _output_norm(candidates: Candidates) -> Tensor:
-    """|m| * |v|, the L2 norm of what the neuron writes."""
+    """|m| * |v|, the L2 norm of what the candidate writes."""
     return _coefficient(candidates) * _vector_norm(candidates)
 
 
-@register_method("coefficient_by_rank", source="Table 2 h)")
+def _coefficient_by_rank_bound(candidates: Candidates) -> Tensor:
+    return _coefficient(candidates) * _reciprocal_rank_bound(candidates)
+
+
+@register_method("coefficient_by_rank", source="Table 2 h)", bound=_coefficient_by_rank_bound)
 def _coefficient_by_rank(candidates: Candidates) -> Tensor:
     """|m| / rank(w) in bs(v), whatever the sign of m."""
     return _coefficient(candidates) * _reciprocal_rank(candidates)
 
 
-@register_method("random", source="control: uniform draw without replacement, seeded")
+@register_method("random", unit=UNITS, source="control: uniform draw without replacement, seeded")
 def _random(candidates: Candidates) -> Tensor:
-    """A uniform number per neuron."""
+    """A uniform number per candidate."""
     generator = torch.Generator().manual_seed(candidates.seed)
     draws = torch.rand(candidates.total, generator=generator, dtype=torch.float64)
     return draws.to(candidates.index.device)[candidates.index]
+
+
+@register_method(
+    "gradient_x_activation",
+    source="Shrikumar et al. 2017; of the model's own log p(w), at every position",
+    backward=Passes(1),
+    effects="gradient",
+)
+def _gradient_x_activation(candidates: Candidates) -> Tensor:
+    """Sum over positions of m times d log p(w) / dm, in nats."""
+    return candidates.effects["gradient"]
+
+
+@register_method(
+    "integrated_gradients",
+    source="Sundararajan et al. 2017, per sublayer as in Dai et al. 2022; from zero, `steps` points",
+    forward=Passes(1, ("step", "layer")),
+    backward=Passes(0.5, ("step", "layer")),
+    effects="integrated_gradients",
+)
+def _integrated_gradients(candidates: Candidates) -> Tensor:
+    """Sum over positions of m times the mean of d log p(w) / dm on the way from 0 to m, in nats."""
+    return candidates.effects["integrated_gradients"]
+
+
+@register_method(
+    "atp_star",
+    source="Kramar et al. 2024, AtP* for neurons: GradDrop, with the sign of AtP",
+    backward=Passes(0.5, ("layer",)),
+    effects="grad_drop",
+)
+def _atp_star(candidates: Candidates) -> Tensor:
+    """Attribution patching towards zero, averaged over gradients that skip one layer each, in nats."""
+    return candidates.effects["grad_drop"]
+
+
+@register_method(
+    "relp",
+    source="Jafari et al. 2025, RelP, with the rules of AttnLRP (Achtibat et al. 2024)",
+    backward=Passes(1),
+    effects="relevance",
+)
+def _relp(candidates: Candidates) -> Tensor:
+    """Sum over positions of m times the relevance that one unit of it would get, in nats."""
+    return candidates.effects["relevance"]

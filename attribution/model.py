@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from attribution.anatomy import Anatomy, family_of, read_anatomy
+from attribution.anatomy import Anatomy, read_anatomy
 from attribution.errors import AttributionError, BadInputError, ModelError
-from attribution.importance import UNITS, Unit, VectorTable
+from attribution.families import family_of
+from attribution.records import NEURON_UNITS, Unit
 from attribution.registry import BUNDLED, registry
 from attribution.trace import open_network
+from attribution.vectors import VectorTable
 
 __all__ = ["Model", "load"]
 
@@ -43,11 +45,11 @@ class Model:
 
     @cached_property
     def _tables(self) -> dict[Unit, VectorTable]:
-        return {unit: VectorTable.of(unit, self.anatomy) for unit in UNITS}
+        return {unit: VectorTable.of(unit, self.anatomy) for unit in NEURON_UNITS}
 
-    def table(self, unit: Unit) -> VectorTable:
-        """Return the vectors of a unit's neurons."""
-        return self._tables[unit]
+    def table(self, unit: Unit) -> VectorTable | None:
+        """Return the vectors of a unit's neurons; ``None`` for heads and layers, whose vectors depend on the prompt."""
+        return self._tables.get(unit)
 
 
 def load(
@@ -82,7 +84,7 @@ def load(
     source = _find(name, models_dir)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        family_of(config.model_type, name)
+        family_of(config, name)
         network = open_network(source, dtype=dtype, device=device, revision=revision)
     except AttributionError:
         raise

@@ -7,9 +7,27 @@ order in which ties are broken.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
-__all__ = ["AttentionNeuron", "FFNNeuron", "Head", "Layer", "Neuron"]
+from attribution.errors import BadInputError
+
+__all__ = [
+    "NEURON_UNITS",
+    "SUBLAYERS",
+    "UNITS",
+    "AttentionNeuron",
+    "Component",
+    "FFNNeuron",
+    "Head",
+    "HeadPosition",
+    "Layer",
+    "Neuron",
+    "Sublayer",
+    "Unit",
+    "unit_named",
+]
+
+Sublayer: TypeAlias = Literal["attention", "ffn"]
 
 
 @dataclass(frozen=True, order=True)
@@ -52,14 +70,56 @@ class Head:
 
 
 @dataclass(frozen=True, order=True)
+class HeadPosition:
+    """What the last position takes of one source position through one attention head."""
+
+    layer: int
+    head: int
+    position: int
+
+    def __str__(self) -> str:
+        return f"a{self.layer}.{self.head}@{self.position}"
+
+
+@dataclass(frozen=True, order=True)
 class Layer:
     """One attention or FFN layer."""
 
     layer: int
-    kind: Literal["attention", "ffn"]
+    kind: Sublayer
 
     def __str__(self) -> str:
         return f"{self.kind[0]}{self.layer}"
 
 
 Neuron: TypeAlias = FFNNeuron | AttentionNeuron
+Component: TypeAlias = FFNNeuron | AttentionNeuron | Head | HeadPosition | Layer
+"""Anything that can be attributed and ablated."""
+
+Unit: TypeAlias = Literal["ffn", "attention", "neuron", "head", "head_position", "layer"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+"""What can be scored: FFN neurons, attention neurons, both together; heads, heads at one source position, layers."""
+
+NEURON_UNITS: tuple[Unit, ...] = ("ffn", "attention", "neuron")
+
+SUBLAYERS: dict[Unit, tuple[Sublayer, ...]] = {
+    "ffn": ("ffn",),
+    "attention": ("attention",),
+    "neuron": ("attention", "ffn"),
+    "head": ("attention",),
+    "head_position": ("attention",),
+    "layer": ("attention", "ffn"),
+}
+"""The sublayers of a block that hold each unit, in forward order."""
+
+
+def unit_named(name: str) -> Unit:
+    """Return the unit of that name.
+
+    Raises:
+        BadInputError: If there is none.
+    """
+    for unit in UNITS:
+        if unit == name:
+            return unit
+    raise BadInputError(f"unit {name!r} is unknown; use one of {', '.join(UNITS)}.")

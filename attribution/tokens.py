@@ -41,18 +41,18 @@ class TokenBatch:
         return TokenBatch(self.ids[rows], self.mask[rows], self.last[rows])
 
 
-def encode(tokenizer: Any, text: str, *, context: int) -> list[int]:
+def encode(tokenizer: Any, text: str, *, context: int | None) -> list[int]:
     """Return the token ids of a prompt, with the special tokens that the tokenizer puts first.
 
     Raises:
-        BadInputError: If the prompt is no string, is empty, or is longer than ``context`` tokens.
+        BadInputError: If the prompt is no string, is empty, or is longer than ``context`` tokens, if limited.
     """
     if not isinstance(text, str):
         raise BadInputError(f"prompt {text!r} is a {type(text).__name__}, not a string; pass the text itself.")
     if not text.strip():
         raise BadInputError(f"prompt {text!r} is empty; give at least one word before the answer.")
     ids: list[int] = tokenizer.encode(text)
-    if len(ids) > context:
+    if context is not None and len(ids) > context:
         raise BadInputError(
             f"prompt {text[:40]!r}... has {len(ids)} tokens, but the model's context holds {context}; shorten it."
         )

@@ -1,26 +1,34 @@
-"""Open a model under nnsight and read its activations, one trace per batch.
+"""Open a model under nnsight, run it, read its activations and edit them: one trace per batch.
 
-With :mod:`attribution.ablation` the only module that imports nnsight. Modules are visited in forward order,
-which nnsight requires.
+The only module that imports nnsight; others hand :func:`run` a function that visits modules. Modules are visited in
+forward order, which nnsight requires.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from attribution.anatomy import resolve
+from attribution.anatomy import Anatomy, first_tensor, resolve
 from attribution.errors import ModelError
+from attribution.norms import frozen_scale
 from attribution.tokens import TokenBatch
 
 if TYPE_CHECKING:
     from attribution.model import Model
 
-__all__ = ["Activations", "open_network", "read_activations"]
+__all__ = ["Activations", "Edits", "Filler", "apply_edits", "open_network", "read_activations", "rerun", "run", "wrap"]
+
+Filler: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+"""What a tensor's numbers are replaced with, or a function of the tensor that says so, such as other rows of it."""
+
+Replacement: TypeAlias = tuple[Tensor, Filler]
+"""A boolean mask of what is replaced, and what with; both broadcast to the tensor that is edited."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +39,22 @@ class Activations:
     tokens. With ``positions="last"`` everything but ``values`` is read at the last real token; with
     ``positions="all"`` every query position is kept, as an axis Q (= P) after the batch axis.
 
+    What a sublayer writes is taken as it enters the residual stream, behind its output projection and bias, the
+    family's constant and the norm that follows, if any.
+
     Attributes:
-        resid_pre: h^{l-1}, the residual stream before attention, (L, B, [Q,] D).
-        attention_output: A^l, with the output projection's bias, (L, B, [Q,] D).
-        resid_mid: r^l, between attention and FFN, as it enters the FFN's norm, (L, B, [Q,] D).
-        ffn_output: F^l, with the down projection's bias, (L, B, [Q,] D).
-        resid_post: h^l, after the FFN, (L, B, [Q,] D).
+        resid_pre: h^{l-1}, the residual stream before the block, (L, B, [Q,] D).
+        attention_output: A^l, what attention writes, (L, B, [Q,] D).
+        resid_mid: r^l = h^{l-1} + A^l, (L, B, [Q,] D). In parallel blocks, whose FFN does not read it, as well.
+        ffn_output: F^l, what the FFN writes, (L, B, [Q,] D).
+        resid_post: h^l, after the block, (L, B, [Q,] D).
         coefficients: m^l, the input of the down projection, (L, B, [Q,] N).
         pattern: alpha, attention weights of the query position over source positions, (L, B, H, [Q,] P).
         values: val, each head's values at every source position, bias included, (L, B, P, H, head_dim).
+        attention_gain: 1 / s of the norm after the attention, 1 where there is none, (L, B, [Q]).
+        ffn_gain: The same for the FFN.
         resid_final: h^{L-1} as it enters the final norm, (B, [Q,] D).
-        logits: The model's own logits, (B, [Q,] V).
+        logits: The model's own logits, (B, [Q,] V); ``None`` where the trace stopped before them.
     """
 
     resid_pre: Tensor
@@ -52,8 +65,26 @@ class Activations:
     coefficients: Tensor
     pattern: Tensor
     values: Tensor
+    attention_gain: Tensor
+    ffn_gain: Tensor
     resid_final: Tensor
-    logits: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What a rerun replaces, by layer; layers that are not named run untouched.
+
+    Attributes:
+        coefficients: FFN coefficients, (B, P, N).
+        mixed_values: Attention values as mixed by the pattern, the input of the output projection, (B, P, H * dh).
+        sources: What the last real position of each row takes of each attention neuron, alpha * val,
+            (B, H, dh, P); later layers see the change, other query positions do not.
+    """
+
+    coefficients: Mapping[int, Replacement] = field(default_factory=dict)
+    mixed_values: Mapping[int, Replacement] = field(default_factory=dict)
+    sources: Mapping[int, Replacement] = field(default_factory=dict)
 
 
 def open_network(source: str, *, dtype: torch.dtype, device: str, revision: str | None) -> Any:
@@ -70,7 +101,6 @@ def open_network(source: str, *, dtype: torch.dtype, device: str, revision: str 
     Raises:
         ModelError: If weights are missing, which transformers would fill with random numbers.
     """
-    from nnsight import TransformersModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -103,48 +133,188 @@ def open_network(source: str, *, dtype: torch.dtype, device: str, revision: str 
             "or train it whole."
         )
     module.requires_grad_(requires_grad=False)
-    return TransformersModel(module.to(device), tokenizer=tokenizer, task="text-generation")
+    return wrap(module.to(device), tokenizer)
 
 
-def read_activations(model: Model, batch: TokenBatch, *, positions: Literal["last", "all"] = "last") -> Activations:
+def wrap(module: Any, tokenizer: Any) -> Any:
+    """Return a module of transformers under nnsight."""
+    from nnsight import TransformersModel
+
+    return TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+
+
+def run(
+    model: Model, batch: TokenBatch, visit: Callable[[Any, dict[str, Any]], None], *, whole: bool = True
+) -> dict[str, Any]:
+    """Run a batch once, visiting its modules.
+
+    Args:
+        model: A loaded model.
+        batch: Right-padded tokens.
+        visit: Given the traced network and a dictionary; what it puts there outlives the trace. It must visit
+            modules in forward order.
+        whole: Run to the end; otherwise the model stops behind the last module visited.
+
+    Returns:
+        The dictionary.
+    """
+    import nnsight
+
+    network = model.network
+    saved: dict[str, Any] = {}
+    with network.trace(batch.inputs()) as tracer:
+        saved = nnsight.save({})
+        visit(network, saved)
+        if not whole:
+            tracer.stop()
+    return saved
+
+
+def _replace(tensor: Tensor, replacement: Replacement) -> Tensor:
+    mask, filler = replacement
+    value = filler if isinstance(filler, Tensor) else filler(tensor)
+    return torch.where(mask, value.to(tensor.dtype), tensor)
+
+
+def _edit_input(projection: Any, replacement: Replacement, batch: TokenBatch) -> None:
+    entered = projection.input
+    # Some families flatten batch and position before the FFN.
+    shaped = entered.reshape(*batch.ids.shape, -1)
+    projection.input = _replace(shaped, replacement).reshape(entered.shape)
+
+
+def _edit_sources(
+    attention: Any, layer: int, values: Tensor, replacement: Replacement, anatomy: Anatomy, batch: TokenBatch
+) -> Tensor:
+    """Replace what the last position takes of attention neurons; return the change of the projection's output."""
+    output = attention.output
+    rows = torch.arange(len(batch.last), device=batch.last.device)
+    taken = torch.einsum("bhp,bphd->bhdp", output[1][rows, :, batch.last], values)
+    moved = (_replace(taken, replacement) - taken).sum(-1).flatten(1) @ anatomy.value_vectors[layer]
+    change = torch.zeros_like(output[0])
+    change[rows, batch.last] = moved
+    attention.output = (output[0] + change, *output[1:])
+    return change
+
+
+def apply_edits(block: Any, layer: int, edits: Edits, anatomy: Anatomy, batch: TokenBatch) -> None:
+    """Edit one block of a traced network, inside a trace."""
+    family = anatomy.family
+    values = None
+    if layer in edits.sources:
+        values = anatomy.split_values(resolve(block, family.value_projection).output)
+    if layer in edits.mixed_values:
+        _edit_input(resolve(block, family.attention_out), edits.mixed_values[layer], batch)
+    if values is not None:
+        _edit_sources(resolve(block, family.attention), layer, values, edits.sources[layer], anatomy, batch)
+    if layer in edits.coefficients:
+        _edit_input(resolve(block, family.ffn_out), edits.coefficients[layer], batch)
+
+
+def rerun(model: Model, batch: TokenBatch, edits: Edits | None = None) -> Tensor:
+    """Run a batch with edits and return the logits after it.
+
+    Args:
+        model: A loaded model.
+        batch: Right-padded tokens.
+        edits: What to replace; nothing when ``None``.
+
+    Returns:
+        (batch, vocabulary), at each row's last real token.
+    """
+    anatomy = model.anatomy
+    rows = torch.arange(len(batch.last), device=batch.last.device)
+
+    def visit(network: Any, saved: dict[str, Any]) -> None:
+        if edits is not None:
+            for layer, block in enumerate(anatomy.blocks(network)):
+                apply_edits(block, layer, edits, anatomy, batch)
+        saved["logits"] = network.output.logits[rows, batch.last].detach()
+
+    logits: Tensor = run(model, batch, visit)["logits"]
+    return logits
+
+
+def read_activations(
+    model: Model,
+    batch: TokenBatch,
+    *,
+    positions: Literal["last", "all"] = "last",
+    edits: Edits | None = None,
+    logits: bool = True,
+) -> Activations:
     """Run a batch once and keep what attribution needs.
 
     Args:
         model: A loaded model.
         batch: Right-padded tokens.
         positions: Read only each row's last real token, or every position.
+        edits: What to replace on the way; what is read is behind the edits.
+        logits: Go on to the unembedding, which takes up to half of the time of a short prompt.
 
     Returns:
         Detached tensors on the model's device.
     """
-    import nnsight
-
-    anatomy, family, network = model.anatomy, model.anatomy.family, model.network
+    anatomy, family = model.anatomy, model.anatomy.family
+    edits = edits or Edits()
     rows = torch.arange(len(batch.last), device=batch.last.device)
 
     def query(tensor: Tensor, axis: int = 1) -> Tensor:
-        """Keep the last real token along ``axis``, the query positions, if only that is wanted."""
+        """Keep the last real token along ``axis``, the query positions, if only that is wanted; always a copy.
+
+        Some families go on to change a module's output in place.
+        """
         if positions == "all":
-            return tensor.detach()
+            return tensor.detach().clone()
         return tensor.movedim(axis, 1)[rows, batch.last].detach()
 
-    layers: list[dict[str, Tensor]] = []
-    final: dict[str, Tensor] = {}
-    with network.trace(batch.inputs()):
-        layers = nnsight.save([])
-        final = nnsight.save({})
-        for block in anatomy.blocks(network):
-            seen = {"resid_pre": query(block.input)}
-            seen["values"] = anatomy.split_values(resolve(block, family.value_projection).output).detach()
-            seen["attention_output"] = query(resolve(block, family.attention_out).output)
-            seen["pattern"] = query(resolve(block, family.attention).output[1], 2)
-            seen["resid_mid"] = query(resolve(block, family.ffn_norm).input)
-            ffn_out = resolve(block, family.ffn_out)
-            seen["coefficients"] = query(ffn_out.input)
-            seen["ffn_output"] = query(ffn_out.output)
-            seen["resid_post"] = query(block.output)
-            layers.append(seen)
-        final["resid_final"] = query(resolve(network, family.final_norm).input)
-        final["logits"] = query(resolve(network, family.unembedding).output)
+    def batched(tensor: Tensor) -> Tensor:
+        return tensor.reshape(*batch.ids.shape, -1)
+
+    def written(raw: Tensor, block: Any, post_norm: str | None) -> Tensor:
+        """What enters the residual stream: behind the norm that follows, or times the family's constant."""
+        if post_norm is not None:
+            return query(batched(resolve(block, post_norm).output))
+        return raw if anatomy.residual_scale == 1 else raw * anatomy.residual_scale
+
+    def gain(raw: Tensor, layer: int, sublayer: Literal["attention", "ffn"]) -> Tensor:
+        norms = anatomy.attention_post_norms if sublayer == "attention" else anatomy.ffn_post_norms
+        norm = norms[layer]
+        return raw.new_ones(raw.shape[:-1]) if norm is None else 1 / frozen_scale(raw.float(), norm).to(raw.dtype)
+
+    def visit_block(block: Any, layer: int) -> dict[str, Tensor]:
+        seen = {"resid_pre": query(block.input)}
+        seen["values"] = anatomy.split_values(resolve(block, family.value_projection).output).detach()
+        projection = resolve(block, family.attention_out)
+        if layer in edits.mixed_values:
+            _edit_input(projection, edits.mixed_values[layer], batch)
+        projected = projection.output
+        attention = resolve(block, family.attention)
+        seen["pattern"] = query(attention.output[1], 2)
+        if layer in edits.sources:
+            projected = projected + _edit_sources(
+                attention, layer, seen["values"], edits.sources[layer], anatomy, batch
+            )
+        raw = query(projected)
+        seen["attention_gain"] = gain(raw, layer, "attention")
+        seen["attention_output"] = written(raw, block, family.attention_post_norm)
+        seen["resid_mid"] = seen["resid_pre"] + seen["attention_output"]
+        ffn_out = resolve(block, family.ffn_out)
+        if layer in edits.coefficients:
+            _edit_input(ffn_out, edits.coefficients[layer], batch)
+        seen["coefficients"] = query(batched(ffn_out.input))
+        raw = query(batched(ffn_out.output))
+        seen["ffn_gain"] = gain(raw, layer, "ffn")
+        seen["ffn_output"] = written(raw, block, family.ffn_post_norm)
+        seen["resid_post"] = query(first_tensor(block.output))
+        return seen
+
+    def visit(network: Any, saved: dict[str, Any]) -> None:
+        saved["layers"] = [visit_block(block, layer) for layer, block in enumerate(anatomy.blocks(network))]
+        saved["resid_final"] = query(resolve(network, family.final_norm).input)
+        saved["logits"] = query(network.output.logits) if logits else None
+
+    saved = run(model, batch, visit, whole=logits)
+    layers: list[dict[str, Tensor]] = saved.pop("layers")
     stacked = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
-    return Activations(**stacked, **final)
+    return Activations(**stacked, **saved)

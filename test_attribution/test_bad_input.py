@@ -41,8 +41,12 @@ def _copied(source: Path, to: Path) -> Path:
     return to
 
 
+def _as(folder: Path, **config: object) -> None:
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def _with_other_architecture(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "opt", "vocab_size": 9}), encoding="utf-8")
+    _as(folder, model_type="xglm", vocab_size=9)
 
 
 def _with_made_up_architecture(folder: Path) -> None:
@@ -88,8 +92,23 @@ def _with_broken_config(folder: Path) -> None:
     (folder / "config.json").write_text("{not json", encoding="utf-8")
 
 
+def _with_experts(folder: Path) -> None:
+    _as(folder, model_type="mixtral", num_local_experts=8)
+
+
+def _with_doubled_position_bias(folder: Path) -> None:
+    _as(folder, model_type="falcon", alibi=True)
+
+
+def _with_norms_on_the_residual_stream(folder: Path) -> None:
+    _as(folder, model_type="opt", do_layer_norm_before=False)
+
+
 DAMAGES: list[tuple[Callable[[Path], None], type[AttributionError], list[str]]] = [
-    (_with_other_architecture, UnsupportedModelError, ["'opt'", "gpt2, llama"]),
+    (_with_other_architecture, UnsupportedModelError, ["'xglm'"]),
+    (_with_experts, UnsupportedModelError, ["mixture of experts (num_local_experts = 8)", "not supported yet"]),
+    (_with_doubled_position_bias, UnsupportedModelError, ["alibi = True in its config, which is not supported"]),
+    (_with_norms_on_the_residual_stream, UnsupportedModelError, ["do_layer_norm_before = False in its config"]),
     (_with_made_up_architecture, ModelError, ["perceptron9"]),
     (_with_nan_weight, ModelError, ["NaN", "mlp"]),
     (_with_cut_weights, ModelError, ["model.safetensors"]),
@@ -213,7 +232,10 @@ MISUSES: list[tuple[Callable[[at.Model], object], list[str]]] = [
     (lambda m: at.attribute(m, PROMPT, [" Paris", " Rome"]), ["1 prompts", "2 answers"]),
     (lambda m: at.attribute(m, [PROMPT, PROMPT], [" Paris"]), ["2 prompts", "1 answers"]),
     (lambda m: at.attribute(m, PROMPT, " Paris", method="magic"), ["'magic'", "log_prob_increase", "register"]),
-    (lambda m: at.attribute(m, PROMPT, " Paris", unit="head"), ["'head'", "ffn, attention"]),
+    (lambda m: at.attribute(m, PROMPT, " Paris", unit="token"), ["'token'", "ffn, attention"]),
+    (lambda m: at.attribute(m, PROMPT, " Paris", unit="head", method="relp"), ["'relp'", "'head'"]),
+    (lambda m: at.attribute(m, PROMPT, " Paris", method="integrated_gradients", steps=0), ["steps", "0"]),
+    (lambda m: at.attribute(m, PROMPT, " Paris", method="integrated_gradients", steps="many"), ["steps", "'many'"]),
     (lambda m: at.attribute(m, PROMPT, " Paris", k=0), ["k = 0", "between 1 and 144"]),
     (lambda m: at.attribute(m, PROMPT, " Paris", k=-3), ["k = -3", "between 1 and 144"]),
     (lambda m: at.attribute(m, PROMPT, " Paris", k=145), ["k = 145", "between 1 and 144"]),
@@ -227,14 +249,14 @@ MISUSES: list[tuple[Callable[[at.Model], object], list[str]]] = [
     (lambda m: at.ablate(m, PROMPT, at.FFNNeuron(0, 1)), ["FFNNeuron(layer=0, index=1)"]),
     (lambda m: at.ablate(m, [PROMPT], [at.FFNNeuron(0, 1)]), ["FFNNeuron(layer=0, index=1)"]),
     (lambda m: at.ablate(m, PROMPT, [at.FFNNeuron(9, 1)]), ["FFNNeuron(layer=9, index=1)"]),
-    (lambda m: at.ablate(m, PROMPT, [], kind="mean"), ["'mean'", "zero"]),
+    (lambda m: at.ablate(m, PROMPT, [], kind="median"), ["'median'", "zero"]),
     (lambda m: at.evaluate(m, [PROMPT], progress=False), [repr(PROMPT), "without an answer"]),
     (lambda m: at.evaluate(m, [], progress=False), ["empty"]),
-    (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], kind="mean", progress=False), ["'mean'"]),
+    (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], kind="median", progress=False), ["'median'"]),
     (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], method="magic", progress=False), ["'magic'"]),
     (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], method=[], progress=False), ["method"]),
-    (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], unit="head", progress=False), ["'head'"]),
-    (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], k={"head": 3}, progress=False), ["'head'"]),
+    (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], unit="token", progress=False), ["'token'"]),
+    (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], k={"token": 3}, progress=False), ["'token'"]),
     (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], k={}, progress=False), ["k", "{}"]),
     (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], k=0, progress=False), ["k = 0"]),
     (lambda m: at.evaluate(m, [at.Prompt(PROMPT, " Paris")], k=500, progress=False), ["k = 500", "144"]),

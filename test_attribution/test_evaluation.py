@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import attribution as at
+from attribution.ablation import AblationKind
 from attribution.errors import BadInputError
+from attribution.records import UNITS
 
 PROMPTS = [
     at.Prompt("The number of legs that a dog has is", " four", "number", "legs", "dog"),
@@ -66,17 +68,96 @@ def test_before_is_what_the_plain_model_says(model: at.Model, plain_logits: Call
         assert frame["logp_before"][row] == pytest.approx(expected.logp, abs=1e-4)
 
 
-@pytest.mark.parametrize("unit", ["ffn", "attention"])
-def test_after_is_what_ablating_the_ranked_neurons_gives(model: at.Model, unit: str) -> None:
-    frame = _evaluate(model, unit=unit, method="prob_increase", k=7)
+def _places(model: at.Model, records: Sequence[Any], at_source: bool = False) -> int:
+    """How many coefficients records stand for, from the records alone."""
+    anatomy = model.anatomy
+    places: set[tuple[object, ...]] = set()
+    for record in records:
+        dims = range(anatomy.head_dim)
+        if isinstance(record, at.FFNNeuron):
+            places.add(("ffn", record.layer, record.index))
+        elif isinstance(record, at.AttentionNeuron):
+            position = record.position if at_source else None
+            places.add(("attention", record.layer, record.head, record.dim, position))
+        elif isinstance(record, at.Head):
+            places.update(("attention", record.layer, record.head, dim, None) for dim in dims)
+        elif isinstance(record, at.HeadPosition):
+            places.update(("attention", record.layer, record.head, dim, record.position) for dim in dims)
+        elif record.kind == "ffn":
+            places.update(("ffn", record.layer, index) for index in range(anatomy.ffn_neurons))
+        else:
+            places.update(("attention", record.layer, head, dim, None) for head in range(anatomy.heads) for dim in dims)
+    return len(places)
+
+
+def _assert_after(model: at.Model, frame: Any, neurons: Callable[[at.Prompt], Sequence[Any]], **options: Any) -> None:
+    """The frame's outcomes are those of ablating these records with these options."""
     for row, prompt in enumerate(PROMPTS):
-        neurons = at.attribute(model, prompt, unit=unit, method="prob_increase", k=7).neurons
+        records = neurons(prompt)
         answer = model.tokenizer.encode(prompt.text + prompt.answer)[-1]
-        expected = at.measure(at.ablate(model, prompt.text, neurons), answer)
+        expected = at.measure(at.ablate(model, prompt.text, records, **options), answer)
         assert frame["rank_after"][row] == expected.rank
         assert frame["logp_after"][row] == pytest.approx(expected.logp, abs=1e-4)
-        places = {(n.layer, n.index) if unit == "ffn" else (n.layer, n.head, n.dim) for n in neurons}
-        assert frame["distinct"][row] == len(places)
+        assert frame["distinct"][row] == _places(model, records, options.get("at_source", False))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_after_is_what_ablating_the_ranked_neurons_gives(model: at.Model, unit: str) -> None:
+    frame = _evaluate(model, unit=unit, method="prob_increase", k=3)
+    _assert_after(
+        model, frame, lambda prompt: at.attribute(model, prompt, unit=unit, method="prob_increase", k=3).neurons
+    )
+    assert list(frame["logp_after"]) != pytest.approx(list(frame["logp_before"]), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mean", "resample"])
+@pytest.mark.parametrize("reference", [None, ["A cherry has legs", at.Prompt("The capital", " of"), "The"]])
+def test_mean_and_resample_take_their_values_from_the_reference(
+    model: at.Model, kind: str, reference: list[str | at.Prompt] | None
+) -> None:
+    """The evaluated prompts are the reference if none is given."""
+    frame = _evaluate(model, kind=kind, reference=reference, seed=4, k={"ffn": 20, "head": 2})
+    others = PROMPTS if reference is None else reference
+
+    def best(prompt: at.Prompt) -> list[Any]:
+        ffn, heads = (at.attribute(model, prompt, unit=unit, k=k).neurons for unit, k in (("ffn", 20), ("head", 2)))
+        return [*ffn, *heads]
+
+    _assert_after(model, frame, best, kind=kind, reference=others, seed=4)
+    zero = _evaluate(model, k={"ffn": 20, "head": 2})
+    assert list(frame["logp_after"]) != pytest.approx(list(zero["logp_after"]), abs=1e-3)
+    assert list(frame["logp_before"]) == pytest.approx(list(zero["logp_before"]), abs=1e-4)
+
+
+def test_the_donors_follow_the_seed_and_are_the_same_for_all_methods(model: at.Model) -> None:
+    frames = [_evaluate(model, kind="resample", seed=seed, k=40) for seed in (0, 0, 1)]
+    assert _numbers(frames[0]) == _numbers(frames[1])
+    assert list(frames[0]["logp_after"]) != pytest.approx(list(frames[2]["logp_after"]), abs=1e-3)
+    # With every neuron ablated, the methods have nothing to differ by.
+    both = _evaluate(model, kind="resample", k=3 * 48, method=["log_prob_increase", "random"])
+    first, second = (both[both["method"] == name] for name in ("log_prob_increase", "random"))
+    assert list(first["logp_after"]) == pytest.approx(list(second["logp_after"]), abs=1e-4)
+
+
+def test_attention_neurons_may_be_ablated_at_their_source_alone(model: at.Model) -> None:
+    frame = _evaluate(model, unit="attention", k=30, at_source=True)
+    _assert_after(
+        model, frame, lambda prompt: at.attribute(model, prompt, unit="attention", k=30).neurons, at_source=True
+    )
+    assert list(frame["distinct"]) == [30] * len(PROMPTS)
+    everywhere = _evaluate(model, unit="attention", k=30)
+    assert list(frame["logp_after"]) != pytest.approx(list(everywhere["logp_after"]), abs=1e-3)
+
+
+def test_a_reference_that_cannot_be_used_is_an_error(model: at.Model) -> None:
+    with pytest.raises(BadInputError, match="'zero' takes nothing from a reference"):
+        _evaluate(model, reference=["The capital of"])
+    with pytest.raises(BadInputError, match="'resample' found 1 reference prompts and none that differs"):
+        _evaluate(model, PROMPTS[:1], kind="resample")
+    # Two answers do not make a prompt another one.
+    with pytest.raises(BadInputError, match="none that differs"):
+        _evaluate(model, [PROMPTS[1], PROMPTS[4]], kind="resample")
+    assert len(_evaluate(model, PROMPTS[:1], kind="mean")) == 1
 
 
 def test_several_methods_at_once_equal_one_at_a_time(model: at.Model) -> None:
@@ -91,10 +172,13 @@ def test_several_methods_at_once_equal_one_at_a_time(model: at.Model) -> None:
         assert _numbers(part) == pytest.approx(_numbers(alone), abs=1e-4)
 
 
-def test_several_forward_passes_give_the_table_of_one(model: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = _evaluate(model, method=["log_prob_increase", "random"])
-    monkeypatch.setattr("attribution.evaluation._CHUNK_TOKENS", 24)
-    parts = _evaluate(model, method=["log_prob_increase", "random"])
+@pytest.mark.parametrize("kind", AblationKind)
+def test_several_forward_passes_give_the_table_of_one(
+    model: at.Model, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _evaluate(model, method=["log_prob_increase", "random"], kind=kind)
+    monkeypatch.setattr("attribution.questions.CHUNK_TOKENS", 24)
+    parts = _evaluate(model, method=["log_prob_increase", "random"], kind=kind)
     assert list(parts["prompt"]) == list(whole["prompt"])
     assert list(parts["method"]) == list(whole["method"])
     assert _numbers(parts) == pytest.approx(_numbers(whole), abs=1e-4)

@@ -1,0 +1,266 @@
+"""Attribution of a prompt: its neurons, heads or layers, ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import overload
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from attribution.gradients import Effects, read_effects
+from attribution.importance import Candidates, candidates_of
+from attribution.knowledge import Prompt
+from attribution.methods import Method, method_named, score_candidates
+from attribution.model import Model
+from attribution.questions import Question, batches_of, prompts_with_answers, question_of
+from attribution.records import SUBLAYERS, Component, FFNNeuron, Sublayer, Unit, unit_named
+from attribution.selection import Certificate, top_k
+from attribution.tokens import TokenBatch
+from attribution.trace import read_activations
+from attribution.vectors import VectorTable
+
+__all__ = ["Ranking", "all_candidates", "attribute", "scores_of"]
+
+NAMES: dict[Unit, str] = {
+    "ffn": "ffn neurons",
+    "attention": "attention neurons",
+    "neuron": "ffn and attention neurons",
+    "head": "heads",
+    "head_position": "heads at one position",
+    "layer": "layers",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """What was attributed for one prompt, best first.
+
+    Attributes:
+        prompt: The prompt.
+        answer: The answer, with its leading space.
+        answer_id: Its token id, for :func:`attribution.measure`.
+        unit: What was ranked.
+        method: Name of the method.
+        neurons: Records, best first; ties fall in the order of records. Heads and layers are records too.
+        scores: Their scores, float64, aligned with ``neurons``; nats for ``log_prob_increase``.
+        exact: Why this top k is that of scoring everything.
+        tokens: The prompt's tokens as text, to name source positions.
+        first_order: Of ``log_prob_increase``, the first-order term <e_w - p, bs(v)> of each score, in nats; ``None``
+            for other methods.
+    """
+
+    prompt: str
+    answer: str
+    answer_id: int
+    unit: Unit
+    method: str
+    neurons: list[Component]
+    scores: Tensor
+    exact: Certificate
+    tokens: tuple[str, ...]
+    first_order: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.neurons)
+
+    @property
+    def kl(self) -> Tensor | None:
+        """KL(p || p') of each neuron, in nats: what it spends on the rest of the distribution, score = first - KL."""
+        return None if self.first_order is None else self.first_order - self.scores
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per record, best first, indexed by rank from 1."""
+        columns: dict[str, list[object]] = {}
+        for number, record in enumerate(self.neurons):
+            for name, value in _columns(record, self.unit).items():
+                columns.setdefault(name, [None] * len(self.neurons))[number] = value
+        frame = pd.DataFrame(columns)
+        if self.unit == "neuron":
+            # A neuron of one kind lacks the other kind's fields.
+            whole = [name for name in ("index", "head", "dim", "position") if name in frame]
+            frame[whole] = frame[whole].astype("Int64")
+        if "position" in frame:
+            tokens = [None if pd.isna(position) else self.tokens[int(position)] for position in frame["position"]]
+            frame["token"] = pd.array(tokens, dtype="string")
+        frame[self.method] = self.scores.tolist()
+        frame.index = pd.RangeIndex(1, len(frame) + 1, name="rank")
+        return frame
+
+    def __repr__(self) -> str:
+        return (
+            f"Ranking of {len(self)} {NAMES[self.unit]} by {self.method} for {self.prompt!r} -> {self.answer!r}, "
+            f"{self.exact.scored:,} of {self.exact.total:,} scored\n{self.to_frame().to_string(max_rows=20)}"
+        )
+
+
+def _columns(record: Component, unit: Unit) -> dict[str, object]:
+    fields: dict[str, object] = asdict(record)
+    if unit == "neuron":
+        return {"layer": fields.pop("layer"), "kind": "ffn" if isinstance(record, FFNNeuron) else "attention", **fields}
+    return fields
+
+
+def all_candidates(
+    model: Model,
+    questions: Sequence[Question],
+    batch: TokenBatch,
+    wanted: Mapping[Unit, Sequence[Method]],
+    *,
+    seed: int,
+    steps: int,
+) -> list[dict[Unit, Candidates]]:
+    """Trace a batch once and return each prompt's candidates by unit.
+
+    Args:
+        model: A loaded model.
+        questions: One per row of the batch.
+        batch: Their tokens.
+        wanted: The methods that each unit is to be scored by; backward passes that they need are run as well.
+        seed: Seed for methods that draw random numbers.
+        steps: Points on the path of integrated gradients.
+    """
+    activations = read_activations(model, batch, logits=False)
+    answers = torch.tensor([question.answer_id for question in questions], device=batch.ids.device)
+    needs: dict[str, set[Sublayer]] = {}
+    for unit, methods in wanted.items():
+        for method in methods:
+            if method.effects is not None:
+                needs.setdefault(method.effects, set()).update(SUBLAYERS[unit])
+    effects = {
+        kind: read_effects(model, batch, answers, kind, units=tuple(sorted(sublayers)), steps=steps)
+        for kind, sublayers in needs.items()
+    }
+    found: list[dict[Unit, Candidates]] = []
+    for row, question in enumerate(questions):
+        length = len(question.ids)
+        by_unit = {}
+        for unit, methods in wanted.items():
+            table = model.table(unit)
+            kinds = {method.effects for method in methods if method.effects is not None}
+            by_unit[unit] = candidates_of(
+                unit,
+                table,
+                model.anatomy,
+                activations,
+                row,
+                length,
+                answer=question.answer_id,
+                seed=question.seed(seed),
+                effects={} if table is None else {kind: _by_slot(effects[kind], table, row, length) for kind in kinds},
+            )
+        found.append(by_unit)
+    return found
+
+
+def _by_slot(effects: Effects, table: VectorTable, row: int, length: int) -> list[Tensor]:
+    """Return what one backward pass says of each slot's neurons for one prompt."""
+    found = []
+    for each in table.sublayers:
+        effect = effects.attention if each.kind == "attention" else effects.ffn
+        assert effect is not None, "read for the sublayers of the unit"
+        found.append(effect[each.layer, row, :, :length] if each.kind == "attention" else effect[each.layer, row])
+    return found
+
+
+def scores_of(model: Model, prompt: str | Prompt, answer: str | None, neurons: Sequence[Component]) -> Tensor:
+    """Return the log-probability increase of chosen neurons of one prompt, (n,), float64, in nats.
+
+    Raises:
+        BadInputError: If one is no neuron, or not in the model or the prompt.
+    """
+    method = method_named("log_prob_increase", "neuron")
+    (item,) = prompts_with_answers(prompt, answer)
+    question = question_of(model, item.text, item.answer)
+    ((_, batch),) = batches_of(model, [question])
+    candidates = all_candidates(model, [question], batch, {"neuron": [method]}, seed=0, steps=1)[0]["neuron"]
+    return score_candidates(method, candidates.take(candidates.places_of(neurons))).cpu()
+
+
+@overload
+def attribute(
+    model: Model,
+    prompt: str | Prompt,
+    answer: str | None = None,
+    *,
+    unit: str = "ffn",
+    method: str = "log_prob_increase",
+    k: int | None = 10,
+    seed: int = 0,
+    steps: int = 20,
+) -> Ranking: ...
+
+
+@overload
+def attribute(
+    model: Model,
+    prompt: list[str] | list[Prompt] | list[str | Prompt],
+    answer: str | Sequence[str] | None = None,
+    *,
+    unit: str = "ffn",
+    method: str = "log_prob_increase",
+    k: int | None = 10,
+    seed: int = 0,
+    steps: int = 20,
+) -> list[Ranking]: ...
+
+
+def attribute(
+    model: Model,
+    prompt: str | Prompt | list[str] | list[Prompt] | list[str | Prompt],
+    answer: str | Sequence[str] | None = None,
+    *,
+    unit: str = "ffn",
+    method: str = "log_prob_increase",
+    k: int | None = 10,
+    seed: int = 0,
+    steps: int = 20,
+) -> Ranking | list[Ranking]:
+    """Rank neurons, heads or layers by how much they do for the answer, at the last position of the prompt.
+
+    Args:
+        model: A loaded model.
+        prompt: A text that ends right before its answer, a :class:`Prompt`, or a list of either.
+        answer: One token with its leading space, or one per prompt; may be left out for :class:`Prompt`.
+        unit: ``"ffn"`` or ``"attention"`` neurons, ``"neuron"`` for both together, ``"head"``, ``"head_position"`` (one
+            head, one source position), or ``"layer"``.
+        method: A registered method.
+        k: How many to return; every one when ``None``.
+        seed: Seed for methods that draw random numbers.
+        steps: Points on the path of integrated gradients.
+
+    Returns:
+        One :class:`Ranking`, or a list of them for a list of prompts.
+
+    Raises:
+        BadInputError: If an argument cannot be used; the message says which and why.
+    """
+    chosen = unit_named(unit)
+    scorer = method_named(method, chosen)
+    prompts = prompts_with_answers(prompt, answer)
+    questions = [question_of(model, item.text, item.answer) for item in prompts]
+    rankings: dict[int, Ranking] = {}
+    for rows, batch in batches_of(model, questions):
+        part = [questions[row] for row in rows]
+        found = all_candidates(model, part, batch, {chosen: [scorer]}, seed=seed, steps=steps)
+        for row, by_unit in zip(rows, found, strict=True):
+            candidates, question = by_unit[chosen], questions[row]
+            selection = top_k(candidates, scorer, k, with_first_order=True)
+            first_order = selection.first_order
+            rankings[row] = Ranking(
+                prompt=question.text,
+                answer=question.answer,
+                answer_id=question.answer_id,
+                unit=chosen,
+                method=method,
+                neurons=candidates.records(selection.best),
+                scores=selection.scores.cpu(),
+                exact=selection.certificate,
+                tokens=tuple(model.tokenizer.decode([token]) for token in question.ids),
+                first_order=None if first_order is None else first_order.cpu(),
+            )
+    if isinstance(prompt, str | Prompt):
+        return rankings[0]
+    return [rankings[row] for row in range(len(questions))]
