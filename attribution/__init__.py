@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attribution.methods import register_method
     from attribution.metrics import Outcome, measure
     from attribution.model import Model, load
+    from attribution.queries import QueryRanking, query
     from attribution.ranking import Ranking, attribute
     from attribution.records import AttentionNeuron, FFNNeuron, Head, HeadPosition, Layer
 
@@ -34,6 +35,7 @@ _HOMES = {
     "Model": "model",
     "Outcome": "metrics",
     "Prompt": "knowledge",
+    "QueryRanking": "queries",
     "Ranking": "ranking",
     "ablate": "evaluation",
     "attribute": "ranking",
@@ -42,6 +44,7 @@ _HOMES = {
     "load": "model",
     "load_knowledge": "knowledge",
     "measure": "metrics",
+    "query": "queries",
     "register_method": "methods",
 }
 
@@ -55,6 +58,7 @@ __all__ = [
     "Model",
     "Outcome",
     "Prompt",
+    "QueryRanking",
     "Ranking",
     "ablate",
     "attribute",
@@ -63,6 +67,7 @@ __all__ = [
     "load",
     "load_knowledge",
     "measure",
+    "query",
     "register_method",
 ]
 
