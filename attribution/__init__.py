@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from attribution.checks import Check, preflight
     from attribution.errors import AttributionError
     from attribution.evaluation import ablate, evaluate, known_prompts
     from attribution.knowledge import Prompt, load_knowledge
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttentionNeuron": "records",
     "AttributionError": "errors",
+    "Check": "checks",
     "FFNNeuron": "records",
     "Head": "records",
     "HeadPosition": "records",
@@ -44,6 +46,7 @@ _HOMES = {
     "load": "model",
     "load_knowledge": "knowledge",
     "measure": "metrics",
+    "preflight": "checks",
     "query": "queries",
     "register_method": "methods",
 }
@@ -51,6 +54,7 @@ _HOMES = {
 __all__ = [
     "AttentionNeuron",
     "AttributionError",
+    "Check",
     "FFNNeuron",
     "Head",
     "HeadPosition",
@@ -67,6 +71,7 @@ __all__ = [
     "load",
     "load_knowledge",
     "measure",
+    "preflight",
     "query",
     "register_method",
 ]

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["AttributionError", "BadInputError", "KnowledgeError", "ModelError", "UnsupportedModelError"]
+__all__ = [
+    "AttributionError",
+    "BadInputError",
+    "KnowledgeError",
+    "ModelError",
+    "PreflightError",
+    "UnsupportedModelError",
+]
 
 
 class AttributionError(Exception):
@@ -19,6 +26,10 @@ class KnowledgeError(AttributionError, ValueError):
 
 class ModelError(AttributionError):
     """A model that cannot be found, cannot be loaded or cannot be trusted."""
+
+
+class PreflightError(ModelError):
+    """A loaded model that breaks an identity which attribution rests on."""
 
 
 class UnsupportedModelError(ModelError):

@@ -94,7 +94,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def attribution_model(request: pytest.FixtureRequest) -> Workbench:
-    """One model of the suite with its knowledge prompts; a model that cannot be loaded is an error."""
+    """One model of the suite with its knowledge prompts; one that cannot be loaded or trusted is an error."""
+    from attribution.checks import preflight
     from attribution.knowledge import CATEGORIES, load_knowledge
     from attribution.model import load
     from attribution.workbench import Workbench
@@ -104,6 +105,7 @@ def attribution_model(request: pytest.FixtureRequest) -> Workbench:
     problem = ""
     try:
         model = load(request.param, models_dir=config.getoption("--models-dir"))
+        preflight(model)
     except AttributionError as error:
         problem = str(error)
     if problem:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from attribution.decomposition import IDENTITIES, decomposition_errors
+from attribution.decomposition import IDENTITIES, decomposition_errors, worst
 from attribution.evaluation import evaluate, known_prompts, traced_batches
 from attribution.knowledge import Knowledge, Prompt
 from attribution.metrics import METRICS
@@ -75,8 +75,8 @@ class Workbench:
     @cached_property
     def decomposition_errors(self) -> dict[str, float]:
         """Worst error of each identity over all known prompts, layers and positions, in rounding bounds."""
-        worst = dict.fromkeys(IDENTITIES, 0.0)
-        for activations, batch in traced_batches(self.model, self.known, positions="all"):
-            for name, error in decomposition_errors(activations, self.model.anatomy, batch.mask).items():
-                worst[name] = error if error != error else max(worst[name], error)
-        return worst
+        errors = [
+            decomposition_errors(activations, self.model.anatomy, batch.mask)
+            for activations, batch in traced_batches(self.model, self.known, positions="all")
+        ]
+        return {name: worst(each[name] for each in errors) for name in IDENTITIES}
