@@ -1,6 +1,6 @@
 """Time of attribution beside a plain forward pass, on the bundled models; never pass or fail.
 
-    pytest benchmarks
+    pytest benchmarks/test_speed.py
 
 Read the ratios within one group, not the milliseconds: they hold when the machine is another one.
 """
@@ -39,7 +39,7 @@ def test_forward_pass_under_nnsight(model: at.Model, benchmark: BenchmarkFixture
     benchmark(at.ablate, model, PROMPT, [])
 
 
-@pytest.mark.parametrize("unit", ["ffn", "attention"])
+@pytest.mark.parametrize("unit", ["ffn", "attention", "neuron"])
 def test_certified_top_10(model: at.Model, unit: str, benchmark: BenchmarkFixture) -> None:
     benchmark.group = model.name
     ranking = benchmark(at.attribute, model, PROMPT, ANSWER, unit=unit, k=10)
@@ -47,7 +47,7 @@ def test_certified_top_10(model: at.Model, unit: str, benchmark: BenchmarkFixtur
     benchmark.extra_info["total"] = ranking.exact.total
 
 
-@pytest.mark.parametrize("unit", ["ffn", "attention"])
+@pytest.mark.parametrize("unit", ["ffn", "attention", "neuron"])
 def test_score_of_every_neuron(model: at.Model, unit: str, benchmark: BenchmarkFixture) -> None:
     benchmark.group = model.name
     benchmark(at.attribute, model, PROMPT, ANSWER, unit=unit, k=None)
