@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Literal
@@ -13,20 +13,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from attribution import questions as chunks
-from attribution.ablation import AblationKind, ablated_logits, ablation_kind, reference_of
+from attribution.ablation import AblationKind, Reference, ablated_logits, ablation_kind, reference_of
 from attribution.errors import BadInputError
 from attribution.knowledge import Prompt
 from attribution.methods import method_named
-from attribution.metrics import measure, outranks_rivals
+from attribution.metrics import Outcome, measure, outranks_rivals
 from attribution.model import Model
-from attribution.questions import batches_of, prompt_list, prompts_with_answers, question_of
+from attribution.questions import Question, batches_of, prompt_list, prompts_with_answers, question_of
 from attribution.ranking import all_candidates
 from attribution.records import Component, Unit, unit_named
 from attribution.selection import top_k
 from attribution.tokens import TokenBatch, answer_token, chunk_by_length, encode, pad
 from attribution.trace import Activations, read_activations, rerun
 
-__all__ = ["ablate", "evaluate", "known_prompts", "traced_batches"]
+__all__ = ["ablate", "best_records", "evaluate", "known_prompts", "outcomes", "traced_batches"]
 
 
 def traced_batches(
@@ -92,10 +92,82 @@ def _encoded(model: Model, prompts: str | Prompt | Sequence[str | Prompt]) -> li
     return [encode(model.tokenizer, text, context=model.anatomy.context) for text in texts]
 
 
-def _budget(k: int | Mapping[str, int], unit: str) -> dict[Unit, int]:
-    if isinstance(k, Mapping) and not k:
-        raise BadInputError("k = {} names no unit; give a number, or a number for each unit to ablate.")
-    return {unit_named(name): number for name, number in (k if isinstance(k, Mapping) else {unit: k}).items()}
+def outcomes(
+    model: Model,
+    questions: Sequence[Question],
+    variants: Sequence[Collection[Component]],
+    *,
+    reference: Reference | None = None,
+    at_source: bool = False,
+) -> tuple[list[Outcome], list[int]]:
+    """Rerun the model once per question with components replaced, and measure each answer.
+
+    Args:
+        model: A loaded model.
+        questions: What is asked; the same question may come with several variants.
+        variants: What to replace, one collection per question; an empty one is the plain model.
+        reference: What to replace with, see :func:`attribution.ablation.reference_of`; zero when ``None``.
+        at_source: See :func:`ablate`.
+
+    Returns:
+        One outcome per question, and how many distinct coefficients were replaced in it.
+    """
+    found: list[Outcome | None] = [None] * len(questions)
+    distinct = [0] * len(questions)
+    for rows in chunk_by_length([len(question.ids) for question in questions], chunks.CHUNK_TOKENS):
+        batch = pad([questions[row].ids for row in rows], device=model.device)
+        part = [variants[row] for row in rows]
+        logits, replaced = ablated_logits(model, batch, part, reference=reference, at_source=at_source)
+        for row, each, number in zip(rows, logits, replaced.tolist(), strict=True):
+            found[row], distinct[row] = measure(each, questions[row].answer_id), number
+    return [each for each in found if each is not None], distinct
+
+
+def best_records(
+    model: Model,
+    questions: Sequence[Question],
+    batch: TokenBatch,
+    methods: Sequence[str],
+    k: Mapping[Unit, int],
+    *,
+    seed: int = 0,
+    steps: int = 20,
+) -> list[dict[str, dict[Unit, list[Component]]]]:
+    """Return, for each prompt of a batch, the best records by method and unit, best first; one trace serves all.
+
+    Args:
+        model: A loaded model.
+        questions: One per row of the batch.
+        batch: Their tokens.
+        methods: Registered methods.
+        k: How many of each unit; at most as many as a prompt has.
+        seed: Seed for methods that draw random numbers.
+        steps: Points on the path of integrated gradients.
+    """
+    by_unit = {unit: {name: method_named(name, unit) for name in methods} for unit in k}
+    wanted = {unit: list(named.values()) for unit, named in by_unit.items()}
+    found = []
+    for candidates in all_candidates(model, questions, batch, wanted, seed=seed, steps=steps):
+        ranked: dict[str, dict[Unit, list[Component]]] = {name: {} for name in methods}
+        for unit, number in k.items():
+            for name, method in by_unit[unit].items():
+                ranked[name][unit] = candidates[unit].records(top_k(candidates[unit], method, number).best)
+        found.append(ranked)
+    return found
+
+
+def _budgets(k: int | Sequence[int] | Mapping[str, int], unit: str) -> list[dict[Unit, int]]:
+    """Return every budget asked for, each as how many of each unit."""
+    if isinstance(k, Mapping):
+        if not k:
+            raise BadInputError("k = {} names no unit; give a number, or a number for each unit to ablate.")
+        return [{unit_named(name): number for name, number in k.items()}]
+    numbers: list[Any] = list(k) if isinstance(k, list | tuple) else [k]
+    if not numbers:
+        raise BadInputError(f"k = {k!r} holds no number; give at least one.")
+    if len(set(numbers)) < len(numbers):
+        raise BadInputError(f"k = {k!r} holds a number twice; give each once.")
+    return [{unit_named(unit): number} for number in numbers]
 
 
 def evaluate(
@@ -104,8 +176,8 @@ def evaluate(
     *,
     method: str | Sequence[str] = "log_prob_increase",
     unit: str = "ffn",
-    k: int | Mapping[str, int] = 10,
-    kind: str = "zero",
+    k: int | Sequence[int] | Mapping[str, int] = 10,
+    kind: str | Sequence[str] = "zero",
     reference: str | Prompt | Sequence[str | Prompt] | None = None,
     at_source: bool = False,
     seed: int = 0,
@@ -119,9 +191,10 @@ def evaluate(
         prompts: A prompt with its answer, or a list of them.
         method: A registered method, or several, which then share one trace per chunk.
         unit: What to rank and ablate, see :func:`attribution.attribute`; ignored when ``k`` names units.
-        k: How many to ablate, or how many of each unit: ``{"attention": 200, "ffn": 100}``.
+        k: How many to ablate; several numbers, for a deletion curve from one ranking; or how many of each unit:
+            ``{"attention": 200, "ffn": 100}``.
         kind: ``"zero"``, as in the paper; ``"mean"``; or ``"resample"``: see
-            :class:`attribution.ablation.AblationKind`.
+            :class:`attribution.ablation.AblationKind`. Or several of them.
         reference: Prompts that ``"mean"`` and ``"resample"`` take their values from; the evaluated prompts themselves
             when ``None``. A prompt never is its own donor.
         at_source: Ablate attention neurons only at their own source position, as read by the last position; by
@@ -132,64 +205,66 @@ def evaluate(
         progress: Show a progress bar.
 
     Returns:
-        One row per method and prompt, in the order given: method, prompt, answer, category, fact, ``distinct``, and
-        rank, mrr, prob, logp with ``_before`` and ``_after``. ``distinct`` counts the coefficients that were replaced:
-        FFN neurons, dimensions of heads, and dimensions of heads at one source position, each once. A head has
-        ``head_dim`` of them, and attention neurons of several positions may share one.
+        One row per method, kind, number and prompt, in the order given: method, kind, k, prompt, answer, category,
+        fact, ``distinct``, and rank, mrr, prob, logp with ``_before`` and ``_after``. ``k`` is the number asked for,
+        of all units together. ``distinct`` counts the coefficients that were replaced: FFN neurons, dimensions of
+        heads, and dimensions of heads at one source position, each once. A head has ``head_dim`` of them, and
+        attention neurons of several positions may share one.
 
     Raises:
         BadInputError: If an argument cannot be used.
     """
-    chosen_kind = ablation_kind(kind)
-    budget = _budget(k, unit)
+    kinds = [ablation_kind(each) for each in ([kind] if isinstance(kind, str) else kind)]
+    budgets = _budgets(k, unit)
+    largest = {each: max(budget[each] for budget in budgets) for each in budgets[0]}
     names = [method] if isinstance(method, str) else list(method)
-    if not names:
-        raise BadInputError("the list of methods is empty; give at least one registered method.")
-    methods = {name: {each: method_named(name, each) for each in budget} for name in names}
+    if not names or not kinds:
+        raise BadInputError("the list of methods or kinds is empty; give at least one registered method and one kind.")
+    for each in budgets[0]:
+        for name in names:
+            method_named(name, each)
     prompts = prompts_with_answers(prompts, None)
     questions = [question_of(model, prompt.text, prompt.answer) for prompt in prompts]
     encoded = [question.ids for question in questions]
-    others: Sequence[Sequence[int]] | None = None if chosen_kind is AblationKind.ZERO else encoded
-    if reference is not None:
-        others = _encoded(model, reference)
-    values = reference_of(model, kind, others, ablated=encoded, seed=seed)
-    # Each prompt runs as it is, once for each method, and its donor may run beside it.
-    runs = 1 + len(names) + (chosen_kind is AblationKind.RESAMPLE)
-    results: dict[tuple[str, int], dict[str, object]] = {}
+    given = None if reference is None else _encoded(model, reference)
+    if given is not None and set(kinds) == {AblationKind.ZERO}:
+        reference_of(model, "zero", given)
+    values: dict[AblationKind, Reference | None] = {}
+    for each_kind in kinds:
+        others = None if each_kind is AblationKind.ZERO else encoded if given is None else given
+        values[each_kind] = reference_of(model, each_kind.value, others, ablated=encoded, seed=seed)
+    arms = [(name, each_kind, number) for name in names for each_kind in kinds for number in range(len(budgets))]
+    results: dict[tuple[tuple[str, AblationKind, int], int], dict[str, object]] = {}
     with tqdm(total=len(prompts), desc=f"{model.name} {', '.join(names)}", unit="prompt", disable=not progress) as bar:
-        for rows, batch in batches_of(model, questions, variants=runs):
+        for rows, batch in batches_of(model, questions):
             part = [questions[row] for row in rows]
-            wanted = {each: [methods[name][each] for name in names] for each in budget}
-            by_prompt = all_candidates(model, part, batch, wanted, seed=seed, steps=steps)
-            variants: list[list[Component]] = [[] for _ in rows]
-            for name in names:
-                for candidates in by_prompt:
-                    chosen: list[Component] = []
-                    for each, number in budget.items():
-                        best = top_k(candidates[each], methods[name][each], number).best
-                        chosen += candidates[each].records(best)
-                    variants.append(chosen)
-            repeats = torch.arange(len(rows), device=model.device).repeat(1 + len(names))
-            after_all, distinct = ablated_logits(
-                model, batch.repeat_rows(repeats), variants, reference=values, at_source=at_source
-            )
-            logits = after_all.unflatten(0, (1 + len(names), len(rows)))
-            for place, row in enumerate(rows):
-                before = asdict(measure(logits[0, place], questions[row].answer_id))
-                for number, name in enumerate(names, start=1):
-                    after = asdict(measure(logits[number, place], questions[row].answer_id))
-                    results[name, row] = {
-                        "method": name,
-                        "prompt": prompts[row].text,
-                        "answer": prompts[row].answer,
-                        "category": prompts[row].category,
-                        "fact": prompts[row].fact,
-                        "distinct": int(distinct[number * len(rows) + place]),
-                        **{f"{key}_before": value for key, value in before.items()},
-                        **{f"{key}_after": value for key, value in after.items()},
+            ranked = best_records(model, part, batch, names, largest, seed=seed, steps=steps)
+            before, _ = outcomes(model, part, [()] * len(rows))
+            for each_kind in kinds:
+                jobs = [(place, arm) for place in range(len(rows)) for arm in arms if arm[1] is each_kind]
+                chosen = [_chosen(ranked[place][name], budgets[number]) for place, (name, _, number) in jobs]
+                asked = [part[place] for place, _ in jobs]
+                after, distinct = outcomes(model, asked, chosen, reference=values[each_kind], at_source=at_source)
+                for (place, arm), outcome, replaced in zip(jobs, after, distinct, strict=True):
+                    prompt = prompts[rows[place]]
+                    results[arm, rows[place]] = {
+                        "method": arm[0],
+                        "kind": each_kind.value,
+                        "k": sum(budgets[arm[2]].values()),
+                        "prompt": prompt.text,
+                        "answer": prompt.answer,
+                        "category": prompt.category,
+                        "fact": prompt.fact,
+                        "distinct": replaced,
+                        **{f"{key}_before": value for key, value in asdict(before[place]).items()},
+                        **{f"{key}_after": value for key, value in asdict(outcome).items()},
                     }
             bar.update(len(rows))
-    return pd.DataFrame([results[name, row] for name in names for row in range(len(prompts))])
+    return pd.DataFrame([results[arm, row] for arm in arms for row in range(len(prompts))])
+
+
+def _chosen(ranked: Mapping[Unit, list[Component]], budget: Mapping[Unit, int]) -> list[Component]:
+    return [record for unit, number in budget.items() for record in ranked[unit][:number]]
 
 
 def known_prompts(model: Model, prompts: Sequence[Prompt], words: Mapping[str, Sequence[str]]) -> list[Prompt]:

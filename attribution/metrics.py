@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from attribution.errors import BadInputError
 
-__all__ = ["METRICS", "Outcome", "measure", "outranks_rivals"]
+__all__ = ["METRICS", "Outcome", "by_metric", "measure", "outranks_rivals"]
 
 METRICS = ("mrr", "prob", "logp")
 
@@ -55,6 +57,11 @@ def measure(logits: Tensor, answer_id: int) -> Outcome:
     logp = float(logits.double().log_softmax(-1)[answer_id])
     rank = int((logits >= logits[answer_id]).sum())
     return Outcome(rank, 1 / rank, float(torch.tensor(logp, dtype=torch.float64).exp()), logp)
+
+
+def by_metric(outcomes: Sequence[Outcome]) -> dict[str, npt.NDArray[np.float64]]:
+    """Return what several prompts' outcomes are by each of :data:`METRICS`, (n,) each."""
+    return {name: np.array([getattr(each, name) for each in outcomes], dtype=np.float64) for name in METRICS}
 
 
 def outranks_rivals(logits: Tensor, answer_id: int, rival_ids: Sequence[int]) -> bool:

@@ -16,8 +16,10 @@ from attribution.methods import Method, bound_candidates, score_candidates
 
 __all__ = ["Certificate", "Selection", "top_k"]
 
-# Numbers in one block of updates, candidates x vocabulary: 2**23 float64 numbers are 64 MiB.
+# Numbers in one block of updates, candidates x vocabulary: 2**23 float64 numbers are 64 MiB. Each block reads the whole
+# unembedding, except where logits are kept: there a block does better that fits a processor's cache.
 _BLOCK_NUMBERS = 2**23
+_KEPT_BLOCK_NUMBERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def _least_tied(scores: Tensor, k: int, tolerance: float) -> float:
 
 
 def _block_rows(candidates: Candidates) -> int:
-    return max(1, _BLOCK_NUMBERS // candidates.table.readout.unembedding.shape[0])
+    numbers = _KEPT_BLOCK_NUMBERS if candidates.table.keeps_logits else _BLOCK_NUMBERS
+    return max(1, numbers // candidates.table.readout.unembedding.shape[0])
 
 
 def _score(

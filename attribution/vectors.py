@@ -162,18 +162,16 @@ class VectorTable:
         return 1 / (1 + (logits > logits[:, answer, None]).sum(-1)).double()
 
     @cached_property
-    def _small(self) -> bool:
+    def keeps_logits(self) -> bool:
+        """Whether the logits of every vector are projected once and kept: a large model's would not fit."""
         rows = sum(len(vectors) for vectors in self.vectors)
         return self.unit in NEURON_UNITS and rows * len(self.readout.unembedding) <= _KEPT_NUMBERS
 
     def unscaled_logits(self, slot: Tensor, row: Tensor) -> Tensor:
-        """Return bs(v) for a frozen scale of 1, float64, (n, vocabulary).
-
-        Those of a small model are projected once and kept; a large model's would not fit.
-        """
+        """Return bs(v) for a frozen scale of 1, float64, (n, vocabulary)."""
         one = torch.ones((), dtype=torch.float64, device=row.device)
         slots = slot.unique().tolist()
-        if self._small:
+        if self.keeps_logits:
             logits = torch.empty(len(row), len(self.readout.unembedding), dtype=torch.float64, device=row.device)
             for each in slots:
                 if each not in self._logits:

@@ -25,6 +25,8 @@ PROMPTS = [
 METRICS = ["rank", "mrr", "prob", "logp"]
 COLUMNS = [
     "method",
+    "kind",
+    "k",
     "prompt",
     "answer",
     "category",
@@ -137,6 +139,18 @@ def test_the_donors_follow_the_seed_and_are_the_same_for_all_methods(model: at.M
     both = _evaluate(model, kind="resample", k=3 * 48, method=["log_prob_increase", "random"])
     first, second = (both[both["method"] == name] for name in ("log_prob_increase", "random"))
     assert list(first["logp_after"]) == pytest.approx(list(second["logp_after"]), abs=1e-4)
+
+
+def test_several_numbers_and_kinds_are_those_measured_one_by_one(model: at.Model) -> None:
+    frame = _evaluate(model, k=[5, 1, 20], kind=["zero", "mean"], method=["log_prob_increase", "coefficient"])
+    assert len(frame) == 2 * 2 * 3 * len(PROMPTS)
+    assert list(frame["k"][: 3 * len(PROMPTS) : len(PROMPTS)]) == [5, 1, 20]
+    for (method, kind, k), rows in frame.groupby(["method", "kind", "k"]):
+        alone = _evaluate(model, method=method, kind=kind, k=k)
+        assert _numbers(rows) == pytest.approx(_numbers(alone), abs=1e-5)
+        assert list(rows["prompt"]) == [prompt.text for prompt in PROMPTS]
+    mixed = _evaluate(model, k={"ffn": 5, "attention": 3})
+    assert set(mixed["k"]) == {8}
 
 
 def test_attention_neurons_may_be_ablated_at_their_source_alone(model: at.Model) -> None:

@@ -310,6 +310,7 @@ def test_scoring_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.undo()
         whole = top_k(candidates, method_named(name, "ffn"), None)
         monkeypatch.setattr("attribution.selection._BLOCK_NUMBERS", 8 * 7)
+        monkeypatch.setattr("attribution.selection._KEPT_BLOCK_NUMBERS", 8 * 7)
         in_blocks = top_k(candidates, method_named(name, "ffn"), None)
         assert in_blocks.best.tolist() == whole.best.tolist(), name
         assert in_blocks.scores.tolist() == pytest.approx(whole.scores.tolist(), abs=1e-12), name
