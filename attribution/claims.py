@@ -8,8 +8,9 @@ prompts; with three it is wider, and honest.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
@@ -19,7 +20,7 @@ from scipy import stats
 
 from attribution.errors import BadInputError
 
-__all__ = ["Claim", "Status", "Verdict", "judge", "judge_exact"]
+__all__ = ["Claim", "Evidence", "Status", "Verdict", "decide", "interval", "judge", "judge_exact"]
 
 RESAMPLES = 9999
 # Fixed, so that a verdict does not change between two runs on the same numbers.
@@ -42,7 +43,7 @@ class Claim:
     """One statement about a model that a measurement can contradict.
 
     Attributes:
-        id: Short name, for tables.
+        id: Short name, for tables; unique among the claims about a model and a method.
         sentence: What is claimed, in words.
         source: Table or equation of the paper, or ``"ours"``.
         effect: What the effect is, with its unit.
@@ -52,6 +53,12 @@ class Claim:
         threshold: The threshold, in the unit of the effect.
         control: What shows that the claim could have failed.
         min_prompts: Fewer prompts make the verdict inconclusive.
+        method: The attribution method that the claim is about; empty if it is about a model or the instrument.
+        comparisons: How many claims of one family are judged together, this one included. The interval is widened so
+            that the chance that any false claim of the family is supported stays what it is for one (Bonferroni).
+        asserted: Whether a test fails unless the claim is supported; the others are measured and reported.
+        gated: Whether the claim belongs to the baseline that a change is compared with.
+        version: Raised whenever what is measured changes although no other field does.
     """
 
     id: str
@@ -62,11 +69,33 @@ class Claim:
     threshold: float
     control: str
     min_prompts: int = 0
+    method: str = ""
+    comparisons: int = 1
+    asserted: bool = True
+    gated: bool = True
+    version: int = 1
 
     @property
     def confidence(self) -> float:
         """Level of the two-sided interval that decides the claim; each side errs in at most 5% of cases."""
-        return 0.90 if self.test == "within" else 0.95
+        return 1 - (0.10 if self.test == "within" else 0.05) / self.comparisons
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured for a claim, one entry per prompt.
+
+    Attributes:
+        prompts: What tells the prompts apart: their texts with their answers.
+        facts: What each prompt asks about.
+        effects: The effect on each prompt.
+        baselines: What effects are relative to, if the claim is about a ratio of two means.
+    """
+
+    prompts: tuple[str, ...]
+    facts: tuple[str, ...]
+    effects: tuple[float, ...]
+    baselines: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +114,8 @@ class Verdict:
         seed: Seed of the measurement's random draws, or ``None`` if it has none.
         needed: About how many prompts would decide an inconclusive claim, if the effect is what it seems;
             ``None`` if it is decided or no number would.
+        evidence: What was measured, prompt by prompt.
+        note: What a table says beside the verdict, such as what the measurement cost.
     """
 
     claim: Claim
@@ -97,6 +128,8 @@ class Verdict:
     facts: int
     seed: int | None = None
     needed: int | None = None
+    evidence: Evidence | None = field(default=None, repr=False)
+    note: str = ""
 
     def sentence(self) -> str:
         """Return what was claimed, what was measured, and what to do about it."""
@@ -120,21 +153,38 @@ class Verdict:
         return text
 
 
-def _interval(
+def interval(
     numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64], confidence: float
-) -> tuple[float, float]:
-    """Return a bias-corrected bootstrap interval of sum(numerators) / sum(denominators) over facts."""
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the ends of a bias-corrected and accelerated bootstrap interval of sum(numerators) / sum(denominators).
+
+    Facts are resampled, a numerator together with its denominator.
+
+    Args:
+        numerators: One sum for each fact, (..., facts).
+        denominators: The same, (..., facts).
+        confidence: Level of the two-sided interval, 0 to 1.
+
+    Returns:
+        Lower and upper ends, (...,) each.
+    """
     ratios = numerators / denominators
-    if np.ptp(ratios) == 0:
-        # Every resample gives the same ratio, which the bias correction cannot divide by.
-        return float(ratios[0]), float(ratios[0])
+    # Where all ratios are equal, up to rounding, so is that of every resample, which the bias correction cannot divide
+    # by.
+    varies = np.ptp(ratios, axis=-1) > 8 * np.finfo(np.float64).eps * np.abs(ratios).max(axis=-1)
+    low, high = ratios[..., 0].copy(), ratios[..., 0].copy()
+    if not np.any(varies):
+        return low, high
+    ratios, numerators, denominators = ratios[varies], numerators[varies], denominators[varies]
 
     def ratio(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], axis: int = -1) -> npt.NDArray[np.float64]:
         return np.asarray(a.sum(axis) / b.sum(axis))
 
+    alike = np.ptp(denominators) == 0
     result = stats.bootstrap(
-        (numerators, denominators),
-        ratio,
+        (ratios,) if alike else (numerators, denominators),
+        np.mean if alike else ratio,
+        axis=-1,
         paired=True,
         vectorized=True,
         n_resamples=RESAMPLES,
@@ -143,10 +193,12 @@ def _interval(
         method="BCa",
         rng=np.random.default_rng(BOOTSTRAP_SEED),
     )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    low[varies], high[varies] = result.confidence_interval
+    return low, high
 
 
-def _status(claim: Claim, low: float, high: float) -> Status:
+def decide(claim: Claim, low: float, high: float) -> Status:
+    """Return what an interval says of a claim about a mean or a ratio."""
     if claim.test == "above":
         inside, outside = low > claim.threshold, high <= claim.threshold
     else:
@@ -173,6 +225,7 @@ def judge(
     effects: Sequence[float],
     facts: Sequence[str],
     baselines: Sequence[float] | None = None,
+    prompts: Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Verdict:
     """Judge a claim about a mean over prompts, or about a ratio of two means.
@@ -183,6 +236,8 @@ def judge(
         effects: One number per prompt, such as a paired difference.
         facts: What each prompt asks about; prompts of one fact are resampled together.
         baselines: If given, the effect is sum(effects) / sum(baselines), such as a fall relative to the start.
+        prompts: What tells the prompts apart, so that a later run can be paired with this one; the facts with a
+            running number when ``None``.
         seed: Seed of the measurement's random draws, to be reported.
 
     Raises:
@@ -197,19 +252,39 @@ def judge(
         )
     if not (np.isfinite(values).all() and np.isfinite(weights).all()):
         raise BadInputError(f"claim {claim.id!r} got effects that are NaN or infinite; a measurement is broken.")
+    named = _numbered(facts) if prompts is None else tuple(prompts)
+    if len(set(named)) != len(facts):
+        raise BadInputError(
+            f"claim {claim.id!r} got {len(facts)} effects of {len(set(named))} different prompts; measure each once."
+        )
+    evidence = Evidence(
+        prompts=named,
+        facts=tuple(facts),
+        effects=tuple(values.tolist()),
+        baselines=None if baselines is None else tuple(weights.tolist()),
+    )
     names, cluster = np.unique(np.asarray(facts, dtype=str), return_inverse=True)
     if len(names) < 2:
         nothing = float("nan")
         return Verdict(
             claim, model, Status.INCONCLUSIVE, nothing, nothing, nothing, len(values), len(names), seed,
-            max(claim.min_prompts, 2),
+            max(claim.min_prompts, 2), evidence,
         )  # fmt: skip
     numerators, denominators = (np.bincount(cluster, part).astype(np.float64) for part in (values, weights))
     effect = float(numerators.sum() / denominators.sum())
-    low, high = _interval(numerators, denominators, claim.confidence)
-    status = Status.INCONCLUSIVE if len(values) < claim.min_prompts else _status(claim, low, high)
+    low, high = (float(end) for end in interval(numerators, denominators, claim.confidence))
+    status = Status.INCONCLUSIVE if len(values) < claim.min_prompts else decide(claim, low, high)
     needed = _needed(claim, effect, low, high, len(values)) if status is Status.INCONCLUSIVE else None
-    return Verdict(claim, model, status, effect, low, high, len(values), len(names), seed, needed)
+    return Verdict(claim, model, status, effect, low, high, len(values), len(names), seed, needed, evidence)
+
+
+def _numbered(facts: Sequence[str]) -> tuple[str, ...]:
+    seen: Counter[str] = Counter()
+    names = []
+    for fact in facts:
+        seen[fact] += 1
+        names.append(f"{fact} #{seen[fact]}")
+    return tuple(names)
 
 
 def judge_exact(claim: Claim, *, model: str, effect: float, n: int, facts: int) -> Verdict:

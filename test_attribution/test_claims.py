@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,19 @@ def test_relative_effect_is_a_ratio_of_sums() -> None:
 def test_constant_effects_have_an_interval_without_width() -> None:
     verdict = judge(_claim("within", 0.1), model="m", effects=[0.0] * 10, facts=_alone(10))
     assert (verdict.status, verdict.low, verdict.high) == (Status.SUPPORTED, 0.0, 0.0)
+    dusty = judge(_claim("above", 0.5), model="m", effects=[0.6, 0.6 + 1e-16, 0.1 + 0.5, 0.2 * 3], facts=_alone(4))
+    assert (dusty.status, dusty.low, dusty.high) == (Status.SUPPORTED, pytest.approx(0.6), pytest.approx(0.6))
+
+
+def test_intervals_of_several_samples_are_those_of_each() -> None:
+    rng = np.random.default_rng(10)
+    numerators, denominators = rng.normal(0.3, 1, (3, 40)), rng.uniform(1, 2, (3, 40))
+    numerators[1], denominators[1] = 0.5, 2
+    low, high = claims.interval(numerators, denominators, 0.95)
+    for row in range(3):
+        alone = claims.interval(numerators[row], denominators[row], 0.95)
+        assert (low[row], high[row]) == pytest.approx([float(end) for end in alone])
+    assert (low[1], high[1]) == (0.25, 0.25)
 
 
 def test_verdict_is_the_same_each_time_and_in_any_order_of_prompts() -> None:
@@ -117,6 +131,20 @@ def test_wrong_side_needs_no_number_of_prompts() -> None:
 def test_effects_that_are_not_numbers_are_an_error(bad: float) -> None:
     with pytest.raises(BadInputError, match="NaN or infinite"):
         judge(_claim("above", 0), model="m", effects=[1.0, bad], facts=_alone(2))
+
+
+def test_prompt_measured_twice_is_an_error() -> None:
+    with pytest.raises(BadInputError, match="2 effects of 1 different prompts"):
+        judge(_claim("above", 0), model="m", effects=[1.0, 2.0], facts=_alone(2), prompts=["same", "same"])
+
+
+def test_interval_of_a_family_is_wider_by_the_number_of_its_claims() -> None:
+    effects = np.random.default_rng(9).normal(0.3, 1, 300).tolist()
+    one = judge(_claim("above", 0), model="m", effects=effects, facts=_alone(300))
+    many = judge(replace(_claim("above", 0), comparisons=21), model="m", effects=effects, facts=_alone(300))
+    low, high = stats.t.interval(1 - 0.05 / 21, 299, np.mean(effects), stats.sem(effects))
+    assert (many.low, many.high) == pytest.approx((low, high), abs=0.03)
+    assert many.low < one.low < one.high < many.high
 
 
 def test_lengths_must_agree() -> None:

@@ -1,0 +1,73 @@
+"""The command line: ``python -m attribution COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attribution.errors import AttributionError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 if something is wrong with what it was asked about."""
+    parser = argparse.ArgumentParser(prog="python -m attribution", description="Claims about single neurons.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_baselines(commands)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except AttributionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _add_baselines(commands: Any) -> None:
+    parser = commands.add_parser("baselines", help="list the stored baselines, or remove some")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".attribution"), metavar="DIR", help="where they are (%(default)s)"
+    )
+    parser.set_defaults(run=_list_baselines)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION")
+    prune = actions.add_parser("prune", help="remove baselines by name")
+    prune.add_argument("names", nargs="+", metavar="NAME")
+    prune.set_defaults(run=_prune_baselines)
+
+
+def _list_baselines(options: argparse.Namespace) -> int:
+    from attribution.storage import names_in, path_of, read
+
+    names = names_in(options.folder)
+    if not names:
+        print(f"no baselines in {options.folder}; save one with pytest --attribution-save=NAME")
+    broken = 0
+    for name in names:
+        try:
+            baseline = read(options.folder, name)
+        except AttributionError as error:
+            broken += 1
+            print(f"{name}: {error}")
+            continue
+        models = ", ".join(
+            f"{model} ({facts.dtype}, {facts.device}, {facts.weights[:19]})" for model, facts in baseline.models.items()
+        )
+        kilobytes = path_of(options.folder, name).stat().st_size / 1000
+        print(f"{name}: {len(baseline.verdicts)} claims on {models}; made {baseline.made}; {kilobytes:,.0f} kB")
+    return 1 if broken else 0
+
+
+def _prune_baselines(options: argparse.Namespace) -> int:
+    from attribution.storage import prune
+
+    prune(options.folder, options.names)
+    print(f"removed {', '.join(options.names)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
