@@ -36,6 +36,7 @@ __all__ = [
     "ablated_logits",
     "ablation_kind",
     "ablation_masks",
+    "edited_copy",
     "reference_of",
     "zeroed_parameters",
 ]
@@ -428,13 +429,46 @@ def _aligned(tensor: Tensor, giver: Tensor, last: Tensor, *, axis: int) -> Tenso
 
 
 @contextmanager
+def edited_copy(model: Model, edited: Collection[Tensor]) -> Iterator[Model]:
+    """Give a copy of a model whose named weights are its own, to be edited through the views that its anatomy holds.
+
+    The copy shares every other tensor with the original, which is not touched. On leaving the block, also by an
+    exception, the copy's weights are the original's again, so that no reference to it carries an edit on.
+
+    Args:
+        model: A loaded model.
+        edited: What is to be edited, as the model's anatomy has it: weights, or views of them.
+
+    Yields:
+        The copy, with its own network and anatomy.
+    """
+    module = model.network._module
+    stored = {tensor.untyped_storage().data_ptr() for tensor in edited}
+    # What the memo names is not copied.
+    shared = {
+        id(tensor): tensor
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.untyped_storage().data_ptr() not in stored
+    }
+    twin = copy.deepcopy(module, shared)
+    other = replace(model, network=wrap(twin, model.tokenizer), anatomy=read_anatomy(twin, model.name))
+    try:
+        yield other
+    finally:
+        for own, original in zip(twin.parameters(), module.parameters(), strict=True):
+            if own is not original:
+                own.detach().copy_(original)
+        # What the model computed from the edited weights and kept goes with them.
+        for kept in vars(other).keys() - {each.name for each in fields(other)}:
+            del vars(other)[kept]
+
+
+@contextmanager
 def zeroed_parameters(model: Model, neurons: Collection[Component]) -> Iterator[Model]:
     """Give a model whose value vectors are zero for some components: the paper's way of switching them off.
 
     The vectors are rows of the down projection and of the attention's output projection; biases stay. The model is a
-    copy that shares every tensor but the edited projections with the original, which is not touched. On leaving the
-    block, also by an exception, the copy's weights are the original's again, so that no reference to it carries the
-    edit on.
+    copy, see :func:`edited_copy`.
 
     Args:
         model: A loaded model.
@@ -447,7 +481,7 @@ def zeroed_parameters(model: Model, neurons: Collection[Component]) -> Iterator[
     Raises:
         BadInputError: If a record cannot be ablated by parameters.
     """
-    anatomy, family = model.anatomy, model.anatomy.family
+    anatomy = model.anatomy
     masks = ablation_masks([neurons], anatomy)
     chosen = [
         (sublayer, layer, mask[layer, 0].flatten())
@@ -455,26 +489,12 @@ def zeroed_parameters(model: Model, neurons: Collection[Component]) -> Iterator[
         for layer in range(anatomy.layers)
         if mask[layer].any()
     ]
-    module = model.network._module
-    blocks = anatomy.blocks(module)
-    paths = {"attention": family.attention_out, "ffn": family.ffn_out}
-    edited = {id(resolve(blocks[layer], paths[sublayer]).weight) for sublayer, layer, _ in chosen}
-    # What the memo names is not copied.
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in edited}
-    twin = copy.deepcopy(module, shared)
-    other = replace(model, network=wrap(twin, model.tokenizer), anatomy=read_anatomy(twin, model.name))
 
     def vectors(of: Anatomy, sublayer: str, layer: int) -> Tensor:
         """The value vectors of a sublayer: a view of its weight."""
         return (of.value_vectors if sublayer == "attention" else of.subvalues)[layer]
 
-    try:
+    with edited_copy(model, [vectors(anatomy, sublayer, layer) for sublayer, layer, _ in chosen]) as other:
         for sublayer, layer, mask in chosen:
             vectors(other.anatomy, sublayer, layer)[mask.to(model.device)] = 0
         yield other
-    finally:
-        for sublayer, layer, _ in chosen:
-            vectors(other.anatomy, sublayer, layer).copy_(vectors(anatomy, sublayer, layer))
-        # What the model computed from the edited weights and kept goes with them.
-        for kept in vars(other).keys() - {each.name for each in fields(other)}:
-            del vars(other)[kept]

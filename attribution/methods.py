@@ -79,6 +79,11 @@ class Method:
     bound: Score | None = None
     first_order: Score | None = None
 
+    @property
+    def built_in(self) -> bool:
+        """Whether it comes with this package; the suite judges every other method as it judges the paper's."""
+        return self.score.__module__ == __name__
+
 
 ONE_PASS, NO_PASS = Passes(1), Passes(0)
 METHODS: dict[str, Method] = {}

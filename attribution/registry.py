@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["BUNDLED", "Entry", "registry"]
+__all__ = ["BUNDLED", "Entry", "entry_of", "registry"]
 
 BUNDLED = "bundled:"
 
@@ -25,7 +25,7 @@ class Entry:
 
     Attributes:
         name: What users call it.
-        marker: The pytest marker that selects it.
+        marker: The pytest marker that selects it; empty for a model that the registry does not know.
         source: Folder beside the registry for bundled models, hub id for the others.
         value_neurons: How many value neurons of each unit the deletion claim ablates together.
         value_neurons_reason: Why that many.
@@ -61,3 +61,16 @@ def registry() -> dict[str, Entry]:
     path = fixtures_folder("models") / "registry.toml"
     entries = tomllib.loads(path.read_text(encoding="utf-8"))
     return {name: Entry(name=name, **fields) for name, fields in entries.items()}
+
+
+def entry_of(name: str) -> Entry:
+    """Return the entry of a model; of one that the registry does not know, an entry with the paper's budget."""
+    return registry().get(name) or Entry(
+        name=name,
+        marker="",
+        source=name,
+        value_neurons={"attention": 200, "ffn": 100},
+        value_neurons_reason="the paper's Table 13",
+        known_share=0.0,
+        known_share_reason="nothing is known of the model: only more than with swapped answers",
+    )

@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
+from attribution.claims import Claim, Verdict, judge
 from attribution.decomposition import IDENTITIES, decomposition_errors, worst
-from attribution.evaluation import evaluate, known_prompts, traced_batches
+from attribution.evaluation import evaluate, known_prompts, outcomes, traced_batches
 from attribution.knowledge import Knowledge, Prompt
-from attribution.metrics import METRICS
+from attribution.metrics import METRICS, by_metric
 from attribution.model import Model
+from attribution.questions import Question, question_of
+from attribution.registry import Entry, entry_of
 
-__all__ = ["Workbench"]
+__all__ = ["Workbench", "prompt_key"]
+
+T = TypeVar("T")
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Return what tells a prompt apart from others: its text with its answer."""
+    return f"{prompt.text}{prompt.answer}"
 
 
 class Workbench:
-    """One model with knowledge prompts; measures on demand and remembers what it measured."""
+    """One model with knowledge prompts; measures on demand and remembers what it measured.
 
-    def __init__(self, model: Model, knowledge: Knowledge, *, progress: bool) -> None:
+    Args:
+        model: A loaded model.
+        knowledge: Facts and words.
+        max_prompts: At most how many prompts the claims about methods use; all when ``None``.
+        progress: Show progress bars.
+    """
+
+    def __init__(
+        self, model: Model, knowledge: Knowledge, *, max_prompts: int | None = None, progress: bool = False
+    ) -> None:
         self.model = model
         self.knowledge = knowledge
-        self._progress = progress
-        self._experiments: dict[tuple[object, ...], pd.DataFrame] = {}
+        self.max_prompts = max_prompts
+        self.progress = progress
+        self._frames: dict[tuple[str, tuple[object, ...]], pd.DataFrame] = {}
+        self._measured: dict[tuple[object, ...], object] = {}
+
+    @property
+    def entry(self) -> Entry:
+        """What the registry says of the model."""
+        return entry_of(self.model.name)
 
     @cached_property
     def known(self) -> list[Prompt]:
@@ -49,34 +79,126 @@ class Workbench:
                     swapped.append(replace(prompt, answer=" " + following[prompt.answer.strip()]))
         return swapped
 
-    @property
-    def known_facts(self) -> int:
-        """Number of facts behind the known prompts."""
-        return len({prompt.fact for prompt in self.known})
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """One known prompt of each fact, drawn by the hash of its text, in file order: what methods are judged on.
 
-    def experiment(self, methods: tuple[str, ...], k: Mapping[str, int], *, seed: int = 0) -> dict[str, pd.DataFrame]:
-        """Ablate the top k of each method on every known prompt.
+        Other phrasings of a fact would add little: intervals resample facts. With ``max_prompts``, the facts are
+        drawn by hash as well, so that a smaller run is a part of a larger one.
+        """
+        drawn: dict[str, Prompt] = {}
+        for prompt in self.known:
+            if prompt.fact not in drawn or _draw(prompt.text) < _draw(drawn[prompt.fact].text):
+                drawn[prompt.fact] = prompt
+        facts = sorted(drawn, key=_draw)[: self.max_prompts]
+        return [prompt for fact, prompt in drawn.items() if fact in set(facts)]
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """The same prompts, tokenised."""
+        return [question_of(self.model, prompt.text, prompt.answer) for prompt in self.prompts]
+
+    def part(self, number: int) -> list[int]:
+        """Return the places of at most so many of :attr:`prompts`, drawn by hash, for what is expensive to measure."""
+        places = sorted(range(len(self.prompts)), key=lambda place: _draw(self.prompts[place].text))
+        return sorted(places[:number])
+
+    @cached_property
+    def before(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Each metric of the plain model on :attr:`prompts`."""
+        return by_metric(outcomes(self.model, self.questions, [()] * len(self.questions))[0])
+
+    def once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
+        """Return what was measured under a key, measuring it if it was not: claims share what is expensive."""
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]  # type: ignore[return-value]
+
+    def frames(
+        self,
+        methods: Sequence[str],
+        k: int | Sequence[int] | Mapping[str, int],
+        *,
+        kind: str = "zero",
+        seed: int = 0,
+        number: int | None = None,
+    ) -> dict[str, pd.DataFrame]:
+        """Ablate the best neurons of each method on every prompt, see :func:`attribution.evaluate`.
+
+        Args:
+            methods: Registered methods; those not measured yet are measured together.
+            k: How many, several numbers, or how many of each unit; FFN neurons when it names none.
+            kind: An ablation kind; what is not zero takes its values from the prompts themselves.
+            seed: Seed of random draws.
+            number: On so many prompts only.
 
         Returns:
-            Method to its frame, one row per known prompt in the same order, see :func:`attribution.evaluate`.
+            Method to its frame; for each k, one row per prompt in the order of :attr:`prompts`.
         """
-        if not self.known:
+        places = self.part(len(self.prompts) if number is None else number)
+        if not places:
             # Nothing to measure: the judge then says that there are too few prompts.
-            columns = ["fact", *(f"{metric}_{when}" for metric in METRICS for when in ("before", "after"))]
+            columns = ["k", "fact", *(f"{metric}_{when}" for metric in METRICS for when in ("before", "after"))]
             return {name: pd.DataFrame(columns=columns, dtype=float) for name in methods}
-        key = (methods, tuple(sorted(k.items())), seed)
-        if key not in self._experiments:
-            self._experiments[key] = evaluate(
-                self.model, self.known, method=methods, k=k, seed=seed, progress=self._progress
+        asked = tuple(sorted(k.items())) if isinstance(k, Mapping) else k
+        key = (asked if isinstance(asked, int) else tuple(asked), kind, seed, len(places))
+        missing = [name for name in dict.fromkeys(methods) if (name, key) not in self._frames]
+        if missing:
+            frame = evaluate(
+                self.model,
+                [self.prompts[place] for place in places],
+                method=missing,
+                k=k,
+                kind=kind,
+                reference=None if kind == "zero" else self.prompts,
+                seed=seed,
+                progress=self.progress,
             )
-        frame = self._experiments[key]
-        return {name: rows.reset_index(drop=True) for name, rows in frame.groupby("method", sort=False)}
+            for name, rows in frame.groupby("method", sort=False):
+                self._frames[name, key] = rows.reset_index(drop=True)
+        return {name: self._frames[name, key] for name in methods}
+
+    def judge(
+        self,
+        claim: Claim,
+        effects: Sequence[float] | npt.NDArray[np.float64] | pd.Series,
+        *,
+        baselines: Sequence[float] | npt.NDArray[np.float64] | pd.Series | None = None,
+        places: Sequence[int] | None = None,
+        seed: int | None = None,
+        note: str = "",
+    ) -> Verdict:
+        """Judge a claim by one effect for each prompt, see :func:`attribution.claims.judge`.
+
+        Args:
+            claim: The claim.
+            effects: One number per prompt.
+            baselines: What the effects are relative to.
+            places: Which of :attr:`prompts` were measured; all when ``None``.
+            seed: Seed of the measurement's random draws, to be reported.
+            note: What the table says beside the verdict, such as what the measurement cost.
+        """
+        prompts = self.prompts if places is None else [self.prompts[place] for place in places]
+        verdict = judge(
+            claim,
+            model=self.model.name,
+            effects=np.asarray(effects, dtype=np.float64).tolist(),
+            facts=[prompt.fact for prompt in prompts],
+            baselines=None if baselines is None else np.asarray(baselines, dtype=np.float64).tolist(),
+            prompts=[prompt_key(prompt) for prompt in prompts],
+            seed=seed,
+        )
+        return replace(verdict, note=note)
 
     @cached_property
     def decomposition_errors(self) -> dict[str, float]:
-        """Worst error of each identity over all known prompts, layers and positions, in rounding bounds."""
+        """Worst error of each identity over the prompts, all layers and positions, in rounding bounds."""
         errors = [
             decomposition_errors(activations, self.model.anatomy, batch.mask)
-            for activations, batch in traced_batches(self.model, self.known, positions="all")
+            for activations, batch in traced_batches(self.model, self.prompts, positions="all")
         ]
         return {name: worst(each[name] for each in errors) for name in IDENTITIES}
+
+
+def _draw(text: str) -> tuple[int, str]:
+    return zlib.crc32(text.encode()), text

@@ -1,4 +1,4 @@
-"""The method is faithful: ablating its top 10 FFN neurons hurts the answer more than any baseline's (Table 2)."""
+"""The method is faithful: ablating its top FFN neurons hurts the answer more than any baseline's (Table 2)."""
 
 from __future__ import annotations
 
@@ -6,45 +6,53 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.claims import Claim, Verdict, judge
+from attribution.claims import Verdict
 from attribution.metrics import METRICS
+from attribution.suite import top_neurons
+from attribution.suite.common import BASELINES, RIVALS
 from attribution.workbench import Workbench
 
-pytestmark = pytest.mark.superiority
-
-METHOD = "log_prob_increase"
-BASELINES = (
-    "log_prob",
-    "prob_increase",
-    "vector_norm",
-    "coefficient",
-    "reciprocal_rank",
-    "output_norm",
-    "coefficient_by_rank",
-)
-K = 10
-MIN_PROMPTS = 300
-UNITS = {"mrr": "mean reciprocal rank", "prob": "mean probability", "logp": "mean log-probability in nats"}
+Check = Callable[[Verdict], None]
 
 
+@pytest.mark.superiority
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_ablating_the_top_10_hurts_more_than_a_baselines_top_10(
-    attribution_model: Workbench, baseline: str, metric: str, assert_claim: Callable[[Verdict], None]
+def test_zeroing_the_top_10_hurts_more_than_a_baselines_top_10(
+    attribution_model: Workbench, attribution_method: str, baseline: str, metric: str, assert_claim: Check
 ) -> None:
-    """Each verdict stands alone; that all hold at once needs no correction, since each must."""
-    claim = Claim(
-        id=f"top {K} vs {baseline}: {metric}",
-        sentence=f"zeroing the top {K} FFN neurons by {METHOD} lowers {metric} more than the top {K} by {baseline}",
-        source="Table 2",
-        effect=f"{UNITS[metric]} left by the baseline minus that left by the method",
-        test="above",
-        threshold=0,
-        control=f"the same prompts with the top {K} by {baseline}",
-        min_prompts=MIN_PROMPTS,
-    )
-    frames = attribution_model.experiment((METHOD, *BASELINES), {"ffn": K})
-    method, other = frames[METHOD], frames[baseline]
-    effects = other[f"{metric}_after"] - method[f"{metric}_after"]
-    verdict = judge(claim, model=attribution_model.model.name, effects=effects.tolist(), facts=method["fact"].tolist())
-    assert_claim(verdict)
+    assert_claim(top_neurons.beats_a_baseline(attribution_model, attribution_method, baseline, metric))
+
+
+@pytest.mark.superiority
+@pytest.mark.parametrize("summary", top_neurons.SUMMARIES)
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_zeroing_the_top_k_hurts_more_than_a_baselines_over_the_whole_curve(
+    attribution_model: Workbench, attribution_method: str, baseline: str, summary: str, assert_claim: Check
+) -> None:
+    assert_claim(top_neurons.beats_a_baseline_over_the_curve(attribution_model, attribution_method, baseline, summary))
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("kind", top_neurons.OTHER_KINDS)
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_top_10_beside_a_baselines_by_other_kinds_of_ablation(
+    attribution_model: Workbench, attribution_method: str, baseline: str, kind: str, assert_claim: Check
+) -> None:
+    assert_claim(top_neurons.beats_a_baseline(attribution_model, attribution_method, baseline, "logp", kind))
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("kind", top_neurons.OTHER_KINDS)
+def test_kinds_of_ablation_order_the_methods_alike(
+    attribution_model: Workbench, attribution_method: str, kind: str, assert_claim: Check
+) -> None:
+    assert_claim(top_neurons.kinds_agree(attribution_model, attribution_method, kind))
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("rival", RIVALS)
+def test_top_10_beside_those_of_methods_with_backward_passes(
+    attribution_model: Workbench, attribution_method: str, rival: str, assert_claim: Check
+) -> None:
+    assert_claim(top_neurons.compared_with_a_rival(attribution_model, attribution_method, rival))

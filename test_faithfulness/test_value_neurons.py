@@ -6,70 +6,51 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.claims import Claim, Verdict, judge
-from attribution.registry import registry
+from attribution.claims import Verdict
+from attribution.suite import value_neurons
+from attribution.suite.top_neurons import OTHER_KINDS
 from attribution.workbench import Workbench
 
-METHOD = "log_prob_increase"
-MIN_PROMPTS = 300
-CUT = 0.90
-# One twentieth of the mean reciprocal rank: far below the nine tenths that value neurons must cut.
-MARGIN = 0.05
-
-
-def _budget(model: str) -> dict[str, int]:
-    return registry()[model].value_neurons
-
-
-def _judge_cut(claim: Claim, bench: Workbench, method: str, seed: int) -> Verdict:
-    """Judge the fall of the mean reciprocal rank, as a share of its start."""
-    frame = bench.experiment((method,), _budget(bench.model.name), seed=seed)[method]
-    return judge(
-        claim,
-        model=bench.model.name,
-        effects=(frame["mrr_before"] - frame["mrr_after"]).tolist(),
-        baselines=frame["mrr_before"].tolist(),
-        facts=frame["fact"].tolist(),
-        seed=seed if method == "random" else None,
-    )
+Check = Callable[[Verdict], None]
 
 
 @pytest.mark.deletion
-def test_ablating_value_neurons_removes_the_answer(
-    attribution_model: Workbench, assert_claim: Callable[[Verdict], None]
+@pytest.mark.parametrize("metric", value_neurons.CUTS)
+def test_zeroing_value_neurons_removes_the_answer(
+    attribution_model: Workbench, attribution_method: str, metric: str, assert_claim: Check
 ) -> None:
-    """Attention and FFN neurons in the paper's proportion of two to one, at all positions."""
-    budget = _budget(attribution_model.model.name)
-    total = sum(budget.values())
-    claim = Claim(
-        id=f"{total} value neurons cut mrr",
-        sentence=f"zeroing {budget['attention']} attention and {budget['ffn']} FFN value neurons cuts MRR by over 90%",
-        source="Table 13",
-        effect="fall of the mean reciprocal rank as a share of its start",
-        test="above",
-        threshold=CUT,
-        control=f"{total} random neurons, judged by the equivalence claims",
-        min_prompts=MIN_PROMPTS,
-    )
-    assert_claim(_judge_cut(claim, attribution_model, METHOD, seed=0))
+    assert_claim(value_neurons.value_neurons_cut(attribution_model, attribution_method, metric))
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("metric", value_neurons.CUTS)
+def test_what_value_neurons_take_by_other_kinds_of_ablation(
+    attribution_model: Workbench, attribution_method: str, metric: str, kind: str, assert_claim: Check
+) -> None:
+    assert_claim(value_neurons.value_neurons_cut(attribution_model, attribution_method, metric, kind))
 
 
 @pytest.mark.equivalence
-@pytest.mark.parametrize("seed", [0, 1, 2], ids="seed{}".format)
-def test_ablating_as_many_random_neurons_has_no_effect(
-    attribution_model: Workbench, seed: int, assert_claim: Callable[[Verdict], None]
+@pytest.mark.parametrize("seed", value_neurons.SEEDS, ids="seed{}".format)
+@pytest.mark.parametrize("metric", value_neurons.CUTS)
+def test_zeroing_as_many_random_neurons_has_no_effect(
+    attribution_model: Workbench, attribution_method: str, metric: str, seed: int, assert_claim: Check
 ) -> None:
-    """Drawn uniformly from all neurons of each unit, anew for every prompt."""
-    budget = _budget(attribution_model.model.name)
-    total = sum(budget.values())
-    claim = Claim(
-        id=f"{total} random neurons, seed {seed}: mrr",
-        sentence=f"zeroing {total} random neurons changes MRR by less than {MARGIN:.0%}",
-        source="Table 13, random neurons",
-        effect="fall of the mean reciprocal rank as a share of its start",
-        test="within",
-        threshold=MARGIN,
-        control=f"{total} value neurons, judged by the deletion claim",
-        min_prompts=MIN_PROMPTS,
-    )
-    assert_claim(_judge_cut(claim, attribution_model, "random", seed=seed))
+    assert_claim(value_neurons.random_neurons_have_no_effect(attribution_model, attribution_method, seed, metric))
+
+
+@pytest.mark.reported
+@pytest.mark.parametrize("metric", value_neurons.CUTS)
+def test_zeroing_as_many_neurons_of_matched_layer_and_norm(
+    attribution_model: Workbench, attribution_method: str, metric: str, assert_claim: Check
+) -> None:
+    assert_claim(value_neurons.matched_neurons_have_no_effect(attribution_model, attribution_method, metric))
+
+
+@pytest.mark.deletion
+@pytest.mark.parametrize("metric", value_neurons.CUTS)
+def test_zeroing_value_neurons_takes_more_than_zeroing_matched_ones(
+    attribution_model: Workbench, attribution_method: str, metric: str, assert_claim: Check
+) -> None:
+    assert_claim(value_neurons.value_neurons_beat_matched_ones(attribution_model, attribution_method, metric))

@@ -28,6 +28,8 @@ def test_model_knows_the_facts_of_a_category(
         test="above",
         threshold=registry()[bench.model.name].known_share,
         control="the same prompts with the answer of another fact of the category",
+        # About a model; what methods are compared by is in test_faithfulness.
+        gated=False,
     )
     prompts = [prompt for prompt in bench.knowledge.prompts if prompt.category == category]
     known, fooled = ({prompt.text for prompt in each} for each in (bench.known, bench.known_with_swapped_answers))

@@ -1,0 +1,165 @@
+"""The best neurons matter most: ablating a method's top k hurts the answer more than any baseline's (Table 2)."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from attribution.claims import Claim, Verdict
+from attribution.evaluation import outcomes
+from attribution.methods import METHODS
+from attribution.ranking import attribute
+from attribution.records import Component
+from attribution.suite.common import (
+    BASELINES,
+    METRIC_NAMES,
+    MIN_PROMPTS,
+    NO_FFN,
+    STEPS,
+    not_applicable,
+    rank_correlation,
+)
+from attribution.workbench import Workbench
+
+__all__ = [
+    "CURVE",
+    "K",
+    "OTHER_KINDS",
+    "SUMMARIES",
+    "beats_a_baseline",
+    "beats_a_baseline_over_the_curve",
+    "compared_with_a_rival",
+    "kinds_agree",
+]
+
+K = 10
+CURVE = (1, 2, 5, 10, 20, 50, 100)
+OTHER_KINDS = ("mean", "resample")
+SUMMARIES = {
+    "area": "area under the curve of mean log-probability over log k, divided by its width, in nats",
+    "comprehensiveness": "mean probability, averaged over k",
+}
+# Integrated gradients cost hundreds of passes for a prompt.
+RIVAL_PROMPTS = 100
+
+
+def _left(bench: Workbench, method: str, kind: str, k: int, metric: str, judged: str) -> npt.NDArray[np.float64]:
+    """Return what a method leaves of a metric on each prompt; a judged method is measured with all its baselines."""
+    frame = bench.frames((judged, *BASELINES), CURVE if kind == "zero" else K, kind=kind)[method]
+    return np.asarray(frame.loc[frame["k"] == k, f"{metric}_after"], dtype=np.float64)
+
+
+def beats_a_baseline(bench: Workbench, method: str, baseline: str, metric: str, kind: str = "zero") -> Verdict:
+    """Judge one cell of Table 2: the top 10 FFN neurons of a method against those of a baseline.
+
+    Zero ablation is the paper's and asserted; the other kinds are reported.
+    """
+    claim = Claim(
+        id=f"top {K} vs {baseline}: {metric}" + ("" if kind == "zero" else f", {kind} ablation"),
+        sentence=f"{kind} ablation of the top {K} FFN neurons by {method} lowers {metric} more than of the top {K} by "
+        f"{baseline}",
+        source="Table 2" if kind == "zero" else "Table 2, with another ablation",
+        effect=f"{METRIC_NAMES[metric]} left by the baseline minus that left by the method",
+        test="above",
+        threshold=0,
+        control=f"the same prompts with the top {K} by {baseline}",
+        min_prompts=MIN_PROMPTS,
+        method=method,
+        comparisons=len(BASELINES) * len(METRIC_NAMES),
+        asserted=kind == "zero",
+    )
+    if "ffn" not in METHODS[method].units:
+        return not_applicable(bench, claim, NO_FFN)
+    effects = _left(bench, baseline, kind, K, metric, method) - _left(bench, method, kind, K, metric, method)
+    return bench.judge(claim, effects)
+
+
+def _summary(bench: Workbench, method: str, summary: str, judged: str) -> npt.NDArray[np.float64]:
+    """Return one number per prompt for a whole deletion curve, smaller where more is lost."""
+    metric = "logp" if summary == "area" else "prob"
+    points = np.stack([_left(bench, method, "zero", k, metric, judged) for k in CURVE])
+    if summary == "area":
+        widths = np.log(CURVE)
+        return np.asarray(np.trapezoid(points, widths, axis=0) / (widths[-1] - widths[0]))
+    return np.asarray(points.mean(0))
+
+
+def beats_a_baseline_over_the_curve(bench: Workbench, method: str, baseline: str, summary: str) -> Verdict:
+    """Judge a deletion curve as a whole, by its area or by its comprehensiveness (DeYoung et al. 2020)."""
+    claim = Claim(
+        id=f"deletion curve vs {baseline}: {summary}",
+        sentence=f"over k = {', '.join(map(str, CURVE))}, zeroing the top k FFN neurons by {method} takes more than by "
+        f"{baseline}",
+        source="ours, after Table 2; comprehensiveness from DeYoung et al. 2020",
+        effect=f"{SUMMARIES[summary]}, left by the baseline minus that left by the method",
+        test="above",
+        threshold=0,
+        control=f"the same prompts with the curve of {baseline}",
+        min_prompts=MIN_PROMPTS,
+        method=method,
+        comparisons=len(BASELINES) * len(SUMMARIES),
+    )
+    if "ffn" not in METHODS[method].units:
+        return not_applicable(bench, claim, NO_FFN)
+    return bench.judge(claim, _summary(bench, baseline, summary, method) - _summary(bench, method, summary, method))
+
+
+def _timed_best(bench: Workbench, method: str, places: list[int]) -> tuple[list[list[Component]], str]:
+    """Return the top 10 of a method on some prompts, and what they cost for one prompt."""
+    if not places:
+        return [], "was not run"
+    start = time.perf_counter()
+    rankings = attribute(bench.model, [bench.prompts[place] for place in places], method=method, k=K, steps=STEPS)
+    seconds = (time.perf_counter() - start) / len(places)
+    each, layers = METHODS[method], bench.model.anatomy.layers
+    passes = f"{each.forward.of(layers, STEPS):g}+{each.backward.of(layers, STEPS):g} passes"
+    return [ranking.neurons for ranking in rankings], f"{passes}, {1000 * seconds:.1f} ms"
+
+
+def compared_with_a_rival(bench: Workbench, method: str, rival: str) -> Verdict:
+    """Report the top 10 of a method beside those of a method with backward passes, with what each costs."""
+    claim = Claim(
+        id=f"top {K} vs {rival}: logp",
+        sentence=f"zeroing the top {K} FFN neurons by {method} lowers logp more than the top {K} by {rival}",
+        source="ours",
+        effect=f"{METRIC_NAMES['logp']} left by {rival} minus that left by the method",
+        test="above",
+        threshold=0,
+        control=f"the same prompts with the top {K} by {rival}",
+        method=method,
+        asserted=False,
+    )
+    if "ffn" not in METHODS[method].units:
+        return not_applicable(bench, claim, NO_FFN)
+    places = bench.part(RIVAL_PROMPTS)
+    questions = [bench.questions[place] for place in places]
+    left, costs = {}, []
+    for name in (method, rival):
+        best, cost = _timed_best(bench, name, places)
+        left[name] = np.array([outcome.logp for outcome in outcomes(bench.model, questions, best)[0]])
+        costs.append(cost)
+    return bench.judge(claim, left[rival] - left[method], places=places, note=" against ".join(costs))
+
+
+def kinds_agree(bench: Workbench, method: str, kind: str) -> Verdict:
+    """Report how alike zero ablation and another kind order the method and its baselines, prompt by prompt."""
+    claim = Claim(
+        id=f"order of methods, zero and {kind} ablation",
+        sentence=f"zero and {kind} ablation order {method} and its seven baselines alike",
+        source="ours",
+        effect="Spearman's rank correlation of the log-probabilities left, mean over prompts",
+        test="above",
+        threshold=0,
+        control="0 for orders that have nothing to do with each other",
+        method=method,
+        asserted=False,
+    )
+    if "ffn" not in METHODS[method].units:
+        return not_applicable(bench, claim, NO_FFN)
+    names = (method, *BASELINES)
+    zero, other = (
+        np.stack([_left(bench, name, each, K, "logp", method) for name in names], -1) for each in ("zero", kind)
+    )
+    return bench.judge(claim, [rank_correlation(one, two) for one, two in zip(zero, other, strict=True)])

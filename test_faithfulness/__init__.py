@@ -1,0 +1,1 @@
+"""Claims about attribution methods, as tests; installed as ``attribution.test_faithfulness``."""

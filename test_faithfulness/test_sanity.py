@@ -1,0 +1,20 @@
+"""A scorer that is broken on purpose loses its effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from attribution.claims import Verdict
+from attribution.suite import sanity
+from attribution.workbench import Workbench
+
+pytestmark = pytest.mark.sanity
+
+
+@pytest.mark.parametrize("control", sanity.CONTROLS)
+def test_broken_scorer_loses_its_effect(
+    attribution_model: Workbench, attribution_method: str, control: str, assert_claim: Callable[[Verdict], None]
+) -> None:
+    assert_claim(sanity.broken_scorer_loses_its_effect(attribution_model, attribution_method, control))
