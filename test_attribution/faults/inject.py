@@ -1,0 +1,404 @@
+"""Inject faults into the engine and the suite, and see what catches them.
+
+    python test_attribution/faults/inject.py              # every fault of catalogue.py; print the table
+    python test_attribution/faults/inject.py --write      # and keep it in docs/faults.md
+    python test_attribution/faults/inject.py NAME ...     # some faults, with what was said of each
+
+A fault is an edit of a function's source, as a slip of its author would be. One whose text is not found is an error.
+Each is made in a process of its own, forked from one that has imported everything. There both bundled models are
+loaded and checked by the preflight and, if that finds nothing, judged by the claims that the fault concerns. Red is a
+broken identity, a claim that is not supported, or an error that stops the run. Without a fault all must be green.
+"""
+
+from __future__ import annotations
+import __future__
+
+import argparse
+import ast
+import inspect
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib import import_module, util
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from catalogue import FAULTS, Edit, Fault
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+TABLE = ROOT / "docs" / "faults.md"
+
+MODELS = ("bundled:gpt2", "bundled:llama")
+CONTROL = "no fault"
+HEADER = """# Faults and what catches them
+
+A suite that is always green proves nothing. Each row is a slip that an author of this package could make, as an edit of
+one line or two, and what turned red when it was made: an identity of the preflight, a family of claims, or an error
+that stopped the run. Without any of them all of these are green on both bundled models. Where the preflight finds a
+fault no claim is judged, as in a real run; otherwise the claims that the fault concerns are.
+
+The claims by definition and by hand, and those of known verdicts and outcomes, stand in
+`test_faithfulness/test_definitions.py`, known facts in `test_knowledge`, the others in the file of `test_faithfulness`
+that has their name.
+
+Written by `python test_attribution/faults/inject.py --write`; `test_attribution/test_faults.py` makes every fault anew
+and compares.
+"""
+# Every so manyth fact of the files, and at most so many prompts: with fewer, not all claims used here are supported
+# where there is no fault. Exact claims need fewer.
+EVERY, EVERY_FOR_EXACT, PROMPTS = 3, 30, 200
+# What claims measure besides, made smaller for the same reason.
+SMALLER: dict[str, dict[str, Any]] = {
+    "top_neurons": {"CURVE": (10, 20)},
+    "planted": {"STRENGTHS": (2.0,)},
+    "single_neurons": {"PROMPTS": 40, "MIN_PROMPTS": 40},
+    "specificity": {"_MIN_PAIRED": PROMPTS // 2},
+}
+# Seconds in which a fault must be caught, on a machine that does other things as well.
+LIMIT = 600
+PROCESSES = 2
+# How families of exact claims are called.
+EXACT = ("by definition", "by hand", "is the sum", "known verdicts", "known outcomes")
+# What is raised by an edit that is no slip but nonsense.
+NONSENSE = (NameError, AttributeError, SyntaxError, ImportError)
+
+Claims = Callable[[Any], list[Any]]
+
+
+class BrokenFaultError(Exception):
+    """A fault that cannot be injected."""
+
+
+def claims() -> dict[str, Claims]:
+    """Return families of claims by name: a workbench to verdicts.
+
+    Left out are those that do not hold for a bundled model, or need more prompts; what is not supported without a
+    fault catches nothing.
+    """
+    from attribution.decomposition import IDENTITIES
+    from attribution.knowledge import CATEGORIES
+    from attribution.metrics import METRICS
+    from attribution.suite import (
+        by_hand,
+        instrument,
+        known_truths,
+        planted,
+        query_neurons,
+        recounts,
+        sanity,
+        specificity,
+        top_neurons,
+        value_neurons,
+    )
+    from attribution.suite.common import METHOD
+
+    known = _module(ROOT / "test_knowledge" / "test_known.py")
+
+    def known_facts(bench: Any) -> list[Any]:
+        verdicts: list[Any] = []
+        for category in CATEGORIES:
+            known.test_model_knows_the_facts_of_a_category(bench, category, verdicts.append)
+        return verdicts
+
+    # The two others are about as good as the method.
+    baselines = ("vector_norm", "coefficient", "reciprocal_rank", "output_norm", "coefficient_by_rank")
+    return {
+        "residual stream is the sum": lambda bench: [
+            instrument.residual_stream_is_the_sum(bench, identity) for identity in IDENTITIES
+        ],
+        "known verdicts": lambda bench: [known_truths.judge_gives_known_verdicts(bench)],
+        "known outcomes": lambda bench: [known_truths.metrics_give_known_outcomes(bench)],
+        "scores by definition": lambda bench: [
+            recounts.scores_follow_their_definition(bench, unit) for unit in recounts.SCORED_UNITS
+        ],
+        "top 10 by definition": lambda bench: [
+            recounts.top_neurons_are_the_top(bench, unit) for unit in recounts.SEARCHED_UNITS
+        ],
+        "query scores by definition": lambda bench: [recounts.query_scores_follow_their_definition(bench)],
+        "controls by definition": lambda bench: [recounts.controls_are_drawn_as_stated(bench)],
+        "ablation by hand": lambda bench: [
+            by_hand.ablation_is_what_hooks_do(bench, kind) for kind in by_hand.ABLATIONS
+        ],
+        "scores by hand": lambda bench: [
+            by_hand.backward_passes_are_what_hooks_find(bench, method) for method in by_hand.BACKWARD
+        ],
+        "known facts": known_facts,
+        "value neurons cut": lambda bench: [
+            value_neurons.value_neurons_cut(bench, METHOD, metric) for metric in value_neurons.CUTS
+        ],
+        "random neurons have no effect": lambda bench: [
+            value_neurons.random_neurons_have_no_effect(bench, METHOD, value_neurons.SEEDS[0], "mrr")
+        ],
+        "top 10 beat baselines": lambda bench: [
+            top_neurons.beats_a_baseline(bench, METHOD, baseline, metric)
+            for baseline in baselines
+            for metric in ("prob", "logp")
+        ],
+        "query neurons beat random ones": lambda bench: [
+            query_neurons.query_neurons_beat_random_ones(bench, METHOD, metric) for metric in METRICS
+        ],
+        "neurons are specific to a fact": lambda bench: [
+            specificity.neurons_hurt_their_fact_most(bench, METHOD, chosen) for chosen in specificity.SETS
+        ],
+        "broken scorers lose their effect": lambda bench: [
+            sanity.broken_scorer_loses_its_effect(bench, METHOD, control)
+            for control in ("sign flip", "weight randomisation")
+        ],
+        "planted neurons are found": lambda bench: [
+            planted.is_found(bench, METHOD, kind) for kind in ("ffn", "attention")
+        ],
+        "planted neurons are undone": lambda bench: [planted.is_undone(bench, kind) for kind in ("ffn", "attention")],
+        "both ends of a chain are found": lambda bench: [planted.both_ends_of_a_chain_are_found(bench, METHOD)],
+    }
+
+
+def _module(path: Path) -> Any:
+    spec = util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _function(where: str) -> Any:
+    """Return the function that an edit names, behind what decorates it."""
+    module, _, path = where.partition(":")
+    found: Any = import_module(f"attribution.{module}")
+    for name in path.split("."):
+        found = inspect.getattr_static(found, name)
+    if isinstance(found, cached_property):
+        return found.func
+    if isinstance(found, property):
+        return found.fget
+    return inspect.unwrap(getattr(found, "__func__", found))
+
+
+def _codes(code: CodeType, name: str) -> list[CodeType]:
+    return [each for each in code.co_consts if isinstance(each, CodeType) and each.co_name == name]
+
+
+def apply(edits: Sequence[Edit]) -> None:
+    """Edit functions of this process, where they are, so that whoever has imported them runs the fault.
+
+    Raises:
+        BrokenFaultError: If a text does not stand exactly once in its function.
+    """
+    for where in dict.fromkeys(edit.where for edit in edits):
+        function = _function(where)
+        source = textwrap.dedent(inspect.getsource(function))
+        for edit in (each for each in edits if each.where == where):
+            if source.count(edit.old) != 1:
+                raise BrokenFaultError(f"{edit.old!r} stands {source.count(edit.old)} times in {where}, not once")
+            source = source.replace(edit.old, edit.new)
+        tree = ast.parse(source)
+        (definition,) = tree.body
+        assert isinstance(definition, ast.FunctionDef)
+        definition.decorator_list.clear()
+        flags = __future__.annotations.compiler_flag
+        compiled = compile(tree, f"<fault in {where}>", "exec", flags=flags, dont_inherit=True)
+        (code,) = _codes(compiled, definition.name)
+        if code.co_freevars != function.__code__.co_freevars:
+            raise BrokenFaultError(f"{where} uses names of the function around it; edit that one")
+        function.__code__ = code
+
+
+def _said(error: Exception) -> tuple[str, str]:
+    """Return what an error is called in the table, and what it says."""
+    from attribution.errors import PreflightError
+
+    if isinstance(error, NONSENSE):
+        raise BrokenFaultError("".join(traceback.format_exception(error))) from error
+    found = re.search(r"breaks the identity '(\w+)'", str(error)) if isinstance(error, PreflightError) else None
+    return (found[1] if found else type(error).__name__), str(error)
+
+
+def examine(names: Sequence[str]) -> dict[str, str]:
+    """Load, check and judge the models, and return what is red, with what is said of it.
+
+    Args:
+        names: The families of claims to judge if the preflight finds nothing; all of them, whatever is found, if it
+            is empty.
+    """
+    from attribution.checks import preflight
+    from attribution.knowledge import Knowledge, load_knowledge
+    from attribution.model import load
+    from attribution.workbench import Workbench
+
+    red: dict[str, str] = {}
+    models = []
+
+    def note(catcher: str, model: str, said: str) -> None:
+        red[f"{catcher} ({model.removeprefix('bundled:')})"] = said
+
+    for name in MODELS:
+        try:
+            model = load(name)
+            models.append(model)
+        except Exception as error:
+            called, said = _said(error)
+            note(f"loading: {called}", name, said)
+            continue
+        try:
+            preflight(model)
+        except Exception as error:
+            called, said = _said(error)
+            note(f"preflight: {called}", name, said)
+    if red:
+        return red
+    knowledge = load_knowledge()
+    families = claims()
+    for model in models:
+        many, few = (
+            Workbench(model, Knowledge(knowledge.facts[::each], knowledge.words), max_prompts=PROMPTS)
+            for each in (EVERY, EVERY_FOR_EXACT)
+        )
+        for family in names or families:
+            bench = few if family.endswith(EXACT) else many
+            try:
+                failed = [each for each in families[family](bench) if each.status.value != "supported"]
+            except Exception as error:
+                called, said = _said(error)
+                note(f"{family}: {called}", model.name, said)
+            else:
+                if failed:
+                    note(family, model.name, failed[0].sentence() + failed[0].note)
+        if red and names:
+            return red
+    return red
+
+
+def _warm() -> None:
+    """Import once what every process needs, but load no model: that starts threads."""
+    import torch
+
+    torch.set_num_threads(1)
+    for name in ("nnsight", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"):
+        import_module(name)
+    for path in sorted((ROOT / "attribution").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if not parts[-1].startswith("__"):
+            import_module(".".join(parts))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("attribution.suite.") and hasattr(module, "MIN_PROMPTS"):
+            module.MIN_PROMPTS = PROMPTS
+    for name, sizes in SMALLER.items():
+        module = import_module(f"attribution.suite.{name}")
+        for size, value in sizes.items():
+            assert hasattr(module, size)
+            setattr(module, size, value)
+
+
+def _child(fault: Fault, path: Path) -> None:
+    """Make a fault here, and write down what is red."""
+    try:
+        apply(fault.edits)
+        result: dict[str, Any] = {"red": examine(fault.claims)}
+    except BrokenFaultError as error:
+        result = {"broken": str(error)}
+    except BaseException as error:
+        result = {"broken": "".join(traceback.format_exception(error))}
+    path.write_text(json.dumps(result), encoding="utf-8")
+
+
+def inject(faults: Sequence[Fault]) -> dict[str, dict[str, Any]]:
+    """Return, for each fault, ``red`` or why it cannot be made, ``broken``, and how long it took, ``seconds``."""
+    _warm()
+    results: dict[str, dict[str, Any]] = {}
+    running: dict[int, tuple[Fault, float]] = {}
+    waiting = list(faults)
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < PROCESSES:
+                fault = waiting.pop(0)
+                path = Path(folder, f"{len(waiting)}.json")
+                process = os.fork()
+                if process == 0:
+                    signal.alarm(LIMIT)
+                    _child(fault, path)
+                    os._exit(0)
+                running[process] = (fault, time.monotonic())
+                results[fault.name] = {"path": path}
+            process, status = os.wait()
+            fault, start = running.pop(process)
+            path = results[fault.name]["path"]
+            found = json.loads(path.read_text(encoding="utf-8")) if status == 0 else {"broken": f"ended with {status}"}
+            results[fault.name] = found | {"seconds": time.monotonic() - start}
+    return {fault.name: results[fault.name] for fault in faults}
+
+
+def _caught_by(red: dict[str, str]) -> str:
+    """Return catchers as the table names them: the preflight's with the model, unless both are caught."""
+    of: dict[str, list[str]] = {}
+    for name in red:
+        catcher, _, model = name.rpartition(" (")
+        of.setdefault(catcher, []).append(model.rstrip(")"))
+    # Claims are judged on the second model only if they hold on the first.
+    return "; ".join(
+        f"{catcher} ({models[0]})" if len(models) == 1 and catcher.startswith(("loading", "preflight")) else catcher
+        for catcher, models in of.items()
+    )
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return faults and what caught them, without figures that vary."""
+    rows: dict[bool, list[str]] = {True: [], False: []}
+    for fault in FAULTS:
+        if fault.name in results:
+            red = results[fault.name].get("red", {})
+            edits = "; ".join(map(str, fault.edits)).replace("|", "\\|")
+            rows[bool(red)].append(f"| {fault.name} | {edits} | {_caught_by(red) if red else fault.missed} |")
+    lines = [
+        f"{len(rows[True])} faults are caught:",
+        "",
+        "| Fault | Edit | Caught by |",
+        "|---|---|---|",
+        *rows[True],
+    ]
+    if rows[False]:
+        lines += ["", "Not caught:", "", "| Fault | Edit | Why |", "|---|---|---|", *rows[False]]
+    return "\n".join(lines)
+
+
+def document(results: dict[str, dict[str, Any]]) -> str:
+    """Return docs/faults.md."""
+    return f"{HEADER}\n{table(results)}\n"
+
+
+def main() -> None:
+    """Try faults, and print what caught them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults; all when left out")
+    parser.add_argument("--write", action="store_true", help="keep the table of all faults in docs/faults.md")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write there what was found, and the page")
+    options = parser.parse_args()
+    # Two processes share the cores, and one that has started threads must not fork.
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    chosen = [fault for fault in FAULTS if not options.names or fault.name in options.names]
+    start = time.monotonic()
+    results = inject([Fault(CONTROL, (), ()), *chosen])
+    if options.json:
+        found = {"results": results, "page": document(results)}
+        options.json.write_text(json.dumps(found), encoding="utf-8")
+    for name, result in results.items():
+        if options.names or "broken" in result or (name == CONTROL and result["red"]):
+            print(f"{name}: {json.dumps(result, indent=1)}")
+    print(table(results))
+    print(f"{len(chosen)} faults in {time.monotonic() - start:.0f} s")
+    if options.write and not options.names:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(document(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
