@@ -393,7 +393,7 @@ def query_scores_follow_their_definition(bench: Workbench) -> Verdict:
         id="query scores by definition",
         sentence="query scores are the shares that components and FFN neurons have in the value neurons' "
         "pre-activations, weighted by importance",
-        source="METHOD of the published code, with centring and biases",
+        source="arXiv 2312.12141, normalised as in its published code, with centring and biases",
         effect="scores off by more than rounding",
         test="at_most",
         threshold=0,
