@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 
 from attribution.claims import Verdict
-from attribution.methods import METHODS
 from attribution.suite import planted
 from attribution.suite.common import BASELINES
 from attribution.suite.plants import KINDS, Kind
@@ -16,18 +15,11 @@ from attribution.workbench import Workbench
 Check = Callable[[Verdict], None]
 
 
-def _needs_unit(method: str, kind: Kind) -> None:
-    unit = planted.unit_of(kind)
-    if unit not in METHODS[method].units:
-        pytest.skip(f"method {method!r} does not score the unit {unit!r}")
-
-
 @pytest.mark.planted
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_planted_to_write_the_answer_is_ranked_first(
     attribution_model: Workbench, attribution_method: str, kind: Kind, assert_claim: Check
 ) -> None:
-    _needs_unit(attribution_method, kind)
     assert_claim(planted.is_found(attribution_model, attribution_method, kind))
 
 
@@ -35,7 +27,6 @@ def test_what_was_planted_to_write_the_answer_is_ranked_first(
 def test_both_ends_of_a_planted_chain_are_ranked_first(
     attribution_model: Workbench, attribution_method: str, assert_claim: Check
 ) -> None:
-    _needs_unit(attribution_method, "chain")
     assert_claim(planted.both_ends_of_a_chain_are_found(attribution_model, attribution_method))
 
 
@@ -55,7 +46,6 @@ def test_ablating_the_query_neuron_breaks_a_planted_chain(attribution_model: Wor
 def test_how_a_method_loses_what_was_planted_as_it_grows_weaker(
     attribution_model: Workbench, attribution_method: str, kind: Kind, assert_claim: Check
 ) -> None:
-    _needs_unit(attribution_method, kind)
     assert_claim(planted.recovery(attribution_model, attribution_method, kind, attribution_method))
 
 

@@ -20,6 +20,7 @@ from attribution.claims import Claim, Verdict, judge_exact
 from attribution.decomposition import rounding
 from attribution.evaluation import best_records, outcomes
 from attribution.knowledge import Prompt
+from attribution.methods import METHODS
 from attribution.model import Model
 from attribution.planting import displaced, planted
 from attribution.projection import largest_row_norm
@@ -27,7 +28,7 @@ from attribution.queries import query
 from attribution.questions import batches_of
 from attribution.ranking import attribute
 from attribution.records import AttentionNeuron, Component, Neuron, Unit
-from attribution.suite.common import BASELINES, METHOD
+from attribution.suite.common import BASELINES, METHOD, not_applicable
 from attribution.suite.plants import SEED, Kind, Task, planting_of, task_of
 from attribution.workbench import Workbench
 
@@ -167,6 +168,8 @@ def is_found(bench: Workbench, method: str, kind: Kind) -> Verdict:
         method=method,
         comparisons=_COMPARISONS,
     )
+    if unit_of(kind) not in METHODS[method].units:
+        return not_applicable(bench, claim, f"the method does not score {unit_of(kind)} neurons")
     found = _ends(bench, method).value if kind == "chain" else _first(bench, kind, method)
     return _judge(bench, claim, found)
 
@@ -186,6 +189,8 @@ def both_ends_of_a_chain_are_found(bench: Workbench, method: str) -> Verdict:
         method=method,
         comparisons=_COMPARISONS,
     )
+    if unit_of("chain") not in METHODS[method].units:
+        return not_applicable(bench, claim, "the method does not score attention neurons")
     return _judge(bench, claim, _ends(bench, method).both)
 
 
@@ -206,6 +211,8 @@ def recovery(bench: Workbench, method: str, kind: Kind, by: str) -> Verdict:
         method=method,
         asserted=False,
     )
+    if unit_of(kind) not in METHODS[by].units:
+        return not_applicable(bench, claim, f"the method does not score {unit_of(kind)} neurons")
     return _judge(bench, claim, _ends(bench, by).both if kind == "chain" else _first(bench, kind, by), mean=True)
 
 
