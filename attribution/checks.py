@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.anatomy import Anatomy, resolve
 from attribution.decomposition import IDENTITIES, decomposition_errors, rounding, worst
@@ -137,7 +137,8 @@ CHECKS: Mapping[str, _Identity] = {
     "ffn_neurons": _within_bound(IDENTITIES["ffn_neurons"], _FFN_TERMS),
     "all_neurons": _within_bound(IDENTITIES["all_neurons"], "the sums of both sublayers and of 2 * layers"),
     "logits": _within_bound(
-        "frozen-norm projection of the final state (+ norm bias, unembedding bias, soft cap, scale) = logits",
+        "frozen-norm projection of the final state (+ norm bias, unembedding bias, soft cap, scale) = logits, at every "
+        "position and as a rerun has them at the last one",
         _NORMED_TERMS,
     ),
     "layer_importances": _within_bound(
@@ -205,7 +206,7 @@ class Check:
 def preflight(model: Model, prompts: str | Prompt | Sequence[str | Prompt] | None = None) -> list[Check]:
     """Check the identities that attribution rests on; run it once per loaded model before anything is believed.
 
-    The weights, the model's state and torch's random numbers are left as they are. Costs about fourteen forward
+    The weights, the model's state and torch's random numbers are left as they are. Costs about sixteen forward
     passes over a few tokens each.
 
     Args:
@@ -258,7 +259,7 @@ def _measure(model: Model, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str,
     yield "null_intervention", _null_intervention(model, batch, clean)
     yield "finite", _not_finite(clean, rows)
     yield from decomposition_errors(clean, anatomy, batch.mask).items()
-    yield "logits", _logit_error(clean, anatomy, batch)
+    yield "logits", _logit_error(clean, rerun(model, batch), anatomy, batch)
     yield "layer_importances", _telescoping_error(clean, anatomy, batch)
     yield "ffn_subkeys", _ffn_subkey_error(clean, anatomy, batch)
     yield "value_subkeys", _value_subkey_error(clean, anatomy, batch)
@@ -279,9 +280,19 @@ def _null_intervention(model: Model, batch: TokenBatch, clean: Activations) -> f
     nothing = torch.zeros((), dtype=torch.bool, device=model.device)
     flat, deep = (nothing.expand(1, 1, 1), zero), (nothing.expand(1, 1, 1, 1), zero)
     empty = Edits(dict.fromkeys(layers, flat), dict.fromkeys(layers, flat), dict.fromkeys(layers, deep))
+    module, rows = model.network._module, torch.arange(len(batch.last), device=model.device)
+
+    def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, batch.last][:, None], *inputs[1:])
+
     with torch.no_grad():
-        plain = model.network._module(**batch.inputs()).logits
-    last = plain[torch.arange(len(batch.last), device=model.device), batch.last]
+        plain = module(**batch.inputs()).logits
+        # Products of other shapes are rounded otherwise, so the plain module unembeds what a rerun does.
+        hook = resolve(module, model.anatomy.family.unembedding).register_forward_pre_hook(narrow)
+        try:
+            last = module(**batch.inputs()).logits[:, 0]
+        finally:
+            hook.remove()
     return (
         differing(logits_of(clean), plain)
         + differing(rerun(model, batch, Edits()), last)
@@ -312,13 +323,15 @@ def _normed(stream: Tensor, norm: Norm | None) -> Tensor:
     return size if norm.bias is None else size + norm.bias.double().abs()
 
 
-def _logit_error(clean: Activations, anatomy: Anatomy, batch: TokenBatch) -> float:
+def _logit_error(clean: Activations, last: Tensor, anatomy: Anatomy, batch: TokenBatch) -> float:
     real, readout = batch.mask.bool(), anatomy.readout
-    final, logits = clean.resid_final[real].double(), logits_of(clean)[real]
+    rows = torch.arange(len(batch.last), device=batch.last.device)
+    final = torch.cat([clean.resid_final[real], clean.resid_final[rows, batch.last]]).double()
+    logits = torch.cat([logits_of(clean)[real], last])
     projected = model_logits(final, frozen_scale(final, readout.norm), readout)
     # By Cauchy-Schwarz no sum of |terms| exceeds this.
-    rows = torch.linalg.vector_norm(readout.unembedding, dim=-1, dtype=torch.float64)
-    sizes = _normed(final, readout.norm).norm(dim=-1, keepdim=True) * rows
+    longest = torch.linalg.vector_norm(readout.unembedding, dim=-1, dtype=torch.float64)
+    sizes = _normed(final, readout.norm).norm(dim=-1, keepdim=True) * longest
     if readout.bias is not None:
         sizes = sizes + readout.bias.double().abs()
     bounds = rounding(clean.resid_pre.dtype, 2 * anatomy.width, normed=True) * abs(readout.logit_scale) * sizes

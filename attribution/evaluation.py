@@ -17,7 +17,7 @@ from attribution.ablation import AblationKind, Reference, ablated_logits, ablati
 from attribution.errors import BadInputError
 from attribution.knowledge import Prompt
 from attribution.methods import method_named
-from attribution.metrics import Outcome, measure, outranks_rivals
+from attribution.metrics import Outcome, measure_each, outranks_rivals
 from attribution.model import Model
 from attribution.questions import Question, batches_of, prompt_list, prompts_with_answers, question_of
 from attribution.ranking import all_candidates
@@ -118,8 +118,9 @@ def outcomes(
         batch = pad([questions[row].ids for row in rows], device=model.device)
         part = [variants[row] for row in rows]
         logits, replaced = ablated_logits(model, batch, part, reference=reference, at_source=at_source)
-        for row, each, number in zip(rows, logits, replaced.tolist(), strict=True):
-            found[row], distinct[row] = measure(each, questions[row].answer_id), number
+        measured = measure_each(logits, [questions[row].answer_id for row in rows])
+        for row, outcome, number in zip(rows, measured, replaced.tolist(), strict=True):
+            found[row], distinct[row] = outcome, number
     return [each for each in found if each is not None], distinct
 
 

@@ -42,9 +42,9 @@ kinds differ in the slope alone:
     logits, log softmax, is differentiated. Given what is frozen the model is linear, so one pass over the weights
     gives every slope, and no graph is needed.
 
-Passes for L layers, per prompt: ``gradient`` one forward and one backward; ``integrated_gradients`` ``steps * L``
-forwards per sublayer kind and half as many backwards, because each stops at its sublayer; ``grad_drop`` one forward
-and (L + 1) / 2 backwards; ``relevance`` one forward and the cost of one backward.
+Passes for L layers, per prompt: ``gradient`` one forward and one backward; ``integrated_gradients`` half of
+``steps * L`` forwards and backwards per sublayer kind, because each begins and ends at its sublayer; ``grad_drop`` one
+forward and (L + 1) / 2 backwards; ``relevance`` one forward and the cost of one backward.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from attribution.norms import Norm, centre, frozen_scale, normalise
 from attribution.projection import model_logits, pull_back
 from attribution.records import Sublayer
 from attribution.tokens import TokenBatch
-from attribution.trace import read_activations, run
+from attribution.trace import block_outputs, last_logits, read_activations, run, skip_blocks
 
 if TYPE_CHECKING:
     from attribution.model import Model
@@ -155,10 +155,9 @@ def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _log_prob(logits: Tensor, batch: TokenBatch, answers: Tensor) -> Tensor:
+def _log_prob(logits: Tensor, answers: Tensor) -> Tensor:
     """Return log p(w) summed over the rows of a batch: rows do not see each other, so its gradient is each row's."""
-    rows = torch.arange(len(answers), device=logits.device)
-    return _precise(logits[rows, batch.last]).log_softmax(-1)[rows, answers].sum()
+    return _precise(logits).log_softmax(-1).gather(-1, answers[:, None]).sum()
 
 
 @dataclass(frozen=True)
@@ -273,7 +272,7 @@ def _gradient(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence[
 
     def visit(network: Any, saved: dict[str, Any]) -> None:
         sites, _ = _visit_blocks(network, model.anatomy, batch, units)
-        log_prob = _log_prob(network.output.logits, batch, answers)
+        log_prob = _log_prob(last_logits(network, model.anatomy, batch), answers)
         slopes = torch.autograd.grad(log_prob, [site.entered for site in sites])
         saved.update(_by_unit(sites, _effects(sites, slopes, batch)))
 
@@ -293,7 +292,7 @@ def _grad_drop(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence
 
     def visit(network: Any, saved: dict[str, Any]) -> None:
         sites, streams = _visit_blocks(network, model.anatomy, batch, units)
-        log_prob = _log_prob(network.output.logits, batch, answers)
+        log_prob = _log_prob(last_logits(network, model.anatomy, batch), answers)
         targets = [site.entered for site in sites] + streams[1:]
         slopes = torch.autograd.grad(log_prob, targets, retain_graph=True)
         undropped = _effects(sites, slopes[: len(sites)], batch)
@@ -320,22 +319,46 @@ def _integrated(model: Model, batch: TokenBatch, answers: Tensor, unit: Sublayer
     shape = (anatomy.ffn_neurons,) if unit == "ffn" else (anatomy.heads * anatomy.head_dim, positions)
     dtype = torch.promote_types(anatomy.readout.unembedding.dtype, torch.float32)
     sums = torch.zeros(anatomy.layers, prompts, *shape, dtype=dtype, device=model.device)
+    # Below the sublayer that is scaled nothing changes on the path: those blocks are run once.
+    outputs = block_outputs(model, batch)
     for layer in range(anatomy.layers):
         for part in _chunks(torch.arange(prompts * steps, device=model.device), batch):
             # Row i of all passes is point i % steps of prompt i // steps.
             rows, points = part // steps, (part % steps + 0.5) / steps
-            effect = _integrand(model, batch.repeat_rows(rows), answers[rows], unit, layer, points)
+            effect = _integrand(model, batch, answers, unit, layer, rows, points, outputs)
             sums[layer].index_add_(0, rows, effect)
     return sums / steps
 
 
-def _integrand(model: Model, batch: TokenBatch, answers: Tensor, unit: Sublayer, layer: int, points: Tensor) -> Tensor:
-    """Return one sublayer's coefficients times the slopes where they are scaled by each row's point of the path."""
+def _integrand(
+    model: Model,
+    prompts: TokenBatch,
+    answers: Tensor,
+    unit: Sublayer,
+    layer: int,
+    rows: Tensor,
+    points: Tensor,
+    outputs: Sequence[Any],
+) -> Tensor:
+    """Return one sublayer's coefficients times the slopes where they are scaled by each row's point of the path.
+
+    Args:
+        model: A loaded model.
+        prompts: The prompts.
+        answers: The answer of each.
+        unit: The unit that is scaled.
+        layer: Its layer.
+        rows: The prompt of each point, (points,).
+        points: What the unit is multiplied by, (points,).
+        outputs: What each block returns for the prompts.
+    """
+    batch, answers = prompts.repeat_rows(rows), answers[rows]
 
     def visit(network: Any, saved: dict[str, Any]) -> None:
+        skip_blocks(network, model.anatomy, outputs[:layer], rows)
         block = model.anatomy.blocks(network)[layer]
         site = _visit_site(block, layer, unit, model.anatomy, batch, points)
-        log_prob = _log_prob(network.output.logits, batch, answers)
+        log_prob = _log_prob(last_logits(network, model.anatomy, batch), answers)
         (saved["effect"],) = _effects([site], torch.autograd.grad(log_prob, [site.entered]), batch)
 
     effect: Tensor = run(model, batch, visit)["effect"]

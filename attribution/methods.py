@@ -269,12 +269,17 @@ def _coefficient_by_rank(candidates: Candidates) -> Tensor:
     return _coefficient(candidates) * _reciprocal_rank(candidates)
 
 
-@register_method("random", unit=UNITS, source="control: uniform draw without replacement, seeded")
-def _random(candidates: Candidates) -> Tensor:
-    """A uniform number per candidate."""
+def _draws(candidates: Candidates) -> Tensor:
     generator = torch.Generator().manual_seed(candidates.seed)
     draws = torch.rand(candidates.total, generator=generator, dtype=torch.float64)
     return draws.to(candidates.index.device)[candidates.index]
+
+
+# Its own bound: without one, all would be drawn anew for each block of candidates.
+@register_method("random", unit=UNITS, source="control: uniform draw without replacement, seeded", bound=_draws)
+def _random(candidates: Candidates) -> Tensor:
+    """A uniform number per candidate."""
+    return _draws(candidates)
 
 
 @register_method(
@@ -291,7 +296,7 @@ def _gradient_x_activation(candidates: Candidates) -> Tensor:
 @register_method(
     "integrated_gradients",
     source="Sundararajan et al. 2017, per sublayer as in Dai et al. 2022; from zero, `steps` points",
-    forward=Passes(1, ("step", "layer")),
+    forward=Passes(0.5, ("step", "layer")),
     backward=Passes(0.5, ("step", "layer")),
     effects="integrated_gradients",
 )

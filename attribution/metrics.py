@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attribution.errors import BadInputError
 
-__all__ = ["METRICS", "Outcome", "by_metric", "measure", "outranks_rivals"]
+__all__ = ["METRICS", "Outcome", "by_metric", "measure", "measure_each", "outranks_rivals"]
 
 METRICS = ("mrr", "prob", "logp")
 
@@ -49,14 +49,31 @@ def measure(logits: Tensor, answer_id: int) -> Outcome:
         raise BadInputError(f"logits have shape {tuple(logits.shape)}; give one prompt's, of shape (vocabulary,).")
     if not 0 <= answer_id < len(logits):
         raise BadInputError(f"answer id {answer_id} is not between 0 and {len(logits) - 1}; use the model's tokenizer.")
+    return measure_each(logits[None], [answer_id])[0]
+
+
+def measure_each(logits: Tensor, answer_ids: Sequence[int]) -> list[Outcome]:
+    """Return what :func:`measure` says of each prompt.
+
+    Args:
+        logits: The model's logits at the last position, (prompts, vocabulary).
+        answer_ids: The token id of each answer, which lies in the vocabulary.
+
+    Raises:
+        BadInputError: If a logit is not finite.
+    """
     if not torch.isfinite(logits).all():
         raise BadInputError(
             "logits hold NaN or infinite numbers; load the model again, or leave out the edit that made them."
         )
+    answers = torch.tensor(answer_ids, device=logits.device)[:, None]
     # A logarithm of a rounded softmax would lose everything below 1e-16.
-    logp = float(logits.double().log_softmax(-1)[answer_id])
-    rank = int((logits >= logits[answer_id]).sum())
-    return Outcome(rank, 1 / rank, float(torch.tensor(logp, dtype=torch.float64).exp()), logp)
+    logps = logits.double().log_softmax(-1).gather(-1, answers)
+    ranks = (logits >= logits.gather(-1, answers)).sum(-1)
+    return [
+        Outcome(rank, 1 / rank, prob, logp)
+        for rank, prob, logp in zip(ranks.tolist(), logps.exp()[:, 0].tolist(), logps[:, 0].tolist(), strict=True)
+    ]
 
 
 def by_metric(outcomes: Sequence[Outcome]) -> dict[str, npt.NDArray[np.float64]]:

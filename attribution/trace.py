@@ -6,7 +6,7 @@ forward order, which nnsight requires.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -22,7 +22,20 @@ from attribution.tokens import TokenBatch
 if TYPE_CHECKING:
     from attribution.model import Model
 
-__all__ = ["Activations", "Edits", "Filler", "apply_edits", "open_network", "read_activations", "rerun", "run", "wrap"]
+__all__ = [
+    "Activations",
+    "Edits",
+    "Filler",
+    "apply_edits",
+    "block_outputs",
+    "last_logits",
+    "open_network",
+    "read_activations",
+    "rerun",
+    "run",
+    "skip_blocks",
+    "wrap",
+]
 
 Filler: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 """What a tensor's numbers are replaced with, or a function of the tensor that says so, such as other rows of it."""
@@ -211,6 +224,42 @@ def apply_edits(block: Any, layer: int, edits: Edits, anatomy: Anatomy, batch: T
         _edit_input(resolve(block, family.ffn_out), edits.coefficients[layer], batch)
 
 
+def block_outputs(model: Model, batch: TokenBatch) -> list[Any]:
+    """Run a batch and return what each block returns: a tensor, or a tuple that starts with one, by family."""
+
+    def visit(network: Any, saved: dict[str, Any]) -> None:
+        saved["outputs"] = [block.output for block in model.anatomy.blocks(network)]
+
+    outputs: list[Any] = run(model, batch, visit, whole=False)["outputs"]
+    return outputs
+
+
+def skip_blocks(network: Any, anatomy: Anatomy, outputs: Sequence[Any], rows: Tensor) -> None:
+    """Give the first blocks the outputs of an earlier run instead of running them, inside a trace.
+
+    Args:
+        network: The traced network.
+        anatomy: The model's anatomy.
+        outputs: From :func:`block_outputs`, one for each block that is skipped.
+        rows: For each row of this batch, its row of the earlier one, (batch,).
+    """
+    for block, output in zip(anatomy.blocks(network), outputs, strict=False):
+        whole = isinstance(output, Tensor)
+        block.skip(output[rows] if whole else (output[0][rows], *output[1:]))
+
+
+def last_logits(network: Any, anatomy: Anatomy, batch: TokenBatch) -> Tensor:
+    """Return the logits after each row's last real token, (batch, vocabulary), inside a trace.
+
+    The unembedding runs at these positions alone: up to half of the time of a short prompt would go to the others.
+    """
+    unembedding = resolve(network, anatomy.family.unembedding)
+    rows = torch.arange(len(batch.last), device=batch.last.device)
+    unembedding.input = unembedding.input[rows, batch.last][:, None]
+    logits: Tensor = network.output.logits[:, 0]
+    return logits
+
+
 def rerun(model: Model, batch: TokenBatch, edits: Edits | None = None) -> Tensor:
     """Run a batch with edits and return the logits after it.
 
@@ -223,13 +272,12 @@ def rerun(model: Model, batch: TokenBatch, edits: Edits | None = None) -> Tensor
         (batch, vocabulary), at each row's last real token.
     """
     anatomy = model.anatomy
-    rows = torch.arange(len(batch.last), device=batch.last.device)
 
     def visit(network: Any, saved: dict[str, Any]) -> None:
         if edits is not None:
             for layer, block in enumerate(anatomy.blocks(network)):
                 apply_edits(block, layer, edits, anatomy, batch)
-        saved["logits"] = network.output.logits[rows, batch.last].detach()
+        saved["logits"] = last_logits(network, anatomy, batch).detach()
 
     logits: Tensor = run(model, batch, visit)["logits"]
     return logits
@@ -312,7 +360,11 @@ def read_activations(
     def visit(network: Any, saved: dict[str, Any]) -> None:
         saved["layers"] = [visit_block(block, layer) for layer, block in enumerate(anatomy.blocks(network))]
         saved["resid_final"] = query(resolve(network, family.final_norm).input)
-        saved["logits"] = query(network.output.logits) if logits else None
+        saved["logits"] = None
+        if logits:
+            every = positions == "all"
+            found = network.output.logits.clone() if every else last_logits(network, anatomy, batch)
+            saved["logits"] = found.detach()
 
     saved = run(model, batch, visit, whole=logits)
     layers: list[dict[str, Tensor]] = saved.pop("layers")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attribution.anatomy import Anatomy, Readout
 from attribution.projection import before_softmax, largest_row_norm
-from attribution.records import NEURON_UNITS, SUBLAYERS, Layer, Unit
+from attribution.records import NEURON_UNITS, SUBLAYERS, Component, Layer, Unit
 
 __all__ = ["VectorTable", "slots_of"]
 
@@ -40,6 +40,7 @@ class VectorTable:
             ``None`` for ones.
         readout: Final norm and unembedding.
         per_head: Rows per head in attention slots: dimensions, source positions, or 1.
+        known_records: Records that were made, by slot, row and position.
     """
 
     unit: Unit
@@ -48,7 +49,8 @@ class VectorTable:
     folds: tuple[Tensor | None, ...]
     readout: Readout
     per_head: int
-    _logits: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    known_records: dict[tuple[int, int, int], Component] = field(default_factory=dict, repr=False, compare=False)
+    _ranks: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _places: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -158,8 +160,11 @@ class VectorTable:
         The rank counts from 1, in descending order; tokens equal to the answer do not push it down. The frozen
         scale does not change it.
         """
-        logits = self.unscaled_logits(slot, row)
-        return 1 / (1 + (logits > logits[:, answer, None]).sum(-1)).double()
+        if not self.keeps_logits:
+            return _reciprocal_ranks(self.unscaled_logits(slot, row), answer)
+        if answer not in self._ranks:
+            self._ranks[answer] = _reciprocal_ranks(self._kept_logits, answer)
+        return self._ranks[answer][self.offsets[slot] + row]
 
     @cached_property
     def keeps_logits(self) -> bool:
@@ -167,22 +172,27 @@ class VectorTable:
         rows = sum(len(vectors) for vectors in self.vectors)
         return self.unit in NEURON_UNITS and rows * len(self.readout.unembedding) <= _KEPT_NUMBERS
 
+    @cached_property
+    def _kept_logits(self) -> Tensor:
+        """bs(v) of every vector for a frozen scale of 1, float64, (rows of all slots, vocabulary)."""
+        rows = [torch.arange(len(vectors), device=vectors.device) for vectors in self.vectors]
+        written = torch.cat([self.written(slot, every) for slot, every in enumerate(rows)])
+        return before_softmax(written, torch.ones((), dtype=torch.float64, device=written.device), self.readout)
+
     def unscaled_logits(self, slot: Tensor, row: Tensor) -> Tensor:
         """Return bs(v) for a frozen scale of 1, float64, (n, vocabulary)."""
-        one = torch.ones((), dtype=torch.float64, device=row.device)
-        slots = slot.unique().tolist()
         if self.keeps_logits:
-            logits = torch.empty(len(row), len(self.readout.unembedding), dtype=torch.float64, device=row.device)
-            for each in slots:
-                if each not in self._logits:
-                    everything = torch.arange(len(self.vectors[each]), device=row.device)
-                    self._logits[each] = before_softmax(self.written(each, everything), one, self.readout)
-                chosen = slot == each
-                logits[chosen] = self._logits[each][row[chosen]]
-            return logits
+            return self._kept_logits[self.offsets[slot] + row]
+        one = torch.ones((), dtype=torch.float64, device=row.device)
         # All slots in one product: the unembedding is by far the largest thing to read.
         vectors = torch.empty(len(row), self.readout.unembedding.shape[1], dtype=torch.float64, device=row.device)
-        for each in slots:
+        for each in slot.unique().tolist():
             chosen = slot == each
             vectors[chosen] = self.written(each, row[chosen])
         return before_softmax(vectors, one, self.readout)
+
+
+def _reciprocal_ranks(logits: Tensor, answer: int) -> Tensor:
+    """Return 1 / rank of the answer in each row of logits, float64, (n,); equal tokens do not push it down."""
+    # Counted in 32 bits, which takes less than half of the time.
+    return 1 / (1 + (logits > logits[:, answer, None]).sum(-1, dtype=torch.int32)).double()
