@@ -34,6 +34,10 @@ def _add_baselines(commands: Any) -> None:
     )
     parser.set_defaults(run=_list_baselines)
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
+    rates = actions.add_parser("rates", help="simulate how often each claim errs, as a Markdown table")
+    rates.add_argument("name", metavar="NAME")
+    rates.add_argument("--samples", type=int, default=400, metavar="N", help="from each false world (%(default)s)")
+    rates.set_defaults(run=_simulate_rates)
     prune = actions.add_parser("prune", help="remove baselines by name")
     prune.add_argument("names", nargs="+", metavar="NAME")
     prune.set_defaults(run=_prune_baselines)
@@ -59,6 +63,21 @@ def _list_baselines(options: argparse.Namespace) -> int:
         kilobytes = path_of(options.folder, name).stat().st_size / 1000
         print(f"{name}: {len(baseline.verdicts)} claims on {models}; made {baseline.made}; {kilobytes:,.0f} kB")
     return 1 if broken else 0
+
+
+def _simulate_rates(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from attribution.power import LIMIT, rates_of, table
+    from attribution.storage import read
+
+    verdicts = [each for each in read(options.folder, options.name).verdicts if each.evidence is not None]
+    rates = {}
+    for each in tqdm(verdicts, unit="claim", disable=not sys.stderr.isatty()):
+        if each.facts > 1:
+            rates[each.model, each.claim.id] = rates_of(each, samples=options.samples)
+    print(table(rates))
+    return 1 if any(each.false_positive > LIMIT for each in rates.values()) else 0
 
 
 def _prune_baselines(options: argparse.Namespace) -> int:

@@ -3,6 +3,10 @@
 Prompts that ask for the same fact in other words are not independent, so intervals come from resampling facts
 with all their prompts (a cluster bootstrap). With one prompt per fact it is the ordinary paired bootstrap over
 prompts; with three it is wider, and honest.
+
+A bootstrap knows only what it has seen: where nearly all facts agree and a few differ much, a sample that missed the
+few has next to no interval. So each end is the farther one of two: of the bootstrap, and of the facts weighted at
+random with one fact more that is as bad, or as good, as one can be.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +25,34 @@ from scipy import stats
 
 from attribution.errors import BadInputError
 
-__all__ = ["Claim", "Evidence", "Status", "Verdict", "decide", "interval", "judge", "judge_exact"]
+__all__ = [
+    "EXTREMES",
+    "Claim",
+    "Evidence",
+    "Extremes",
+    "Status",
+    "Verdict",
+    "bootstrap",
+    "decide",
+    "interval",
+    "judge",
+    "judge_exact",
+    "with_one_more",
+]
 
 RESAMPLES = 9999
 # Fixed, so that a verdict does not change between two runs on the same numbers.
 BOOTSTRAP_SEED = 20241112
+
+Extremes: TypeAlias = Literal["seen", "fall", "share", "left", "correlation"]
+
+EXTREMES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    "fall": ((-1, 0), (1, 1)),
+    "share": ((0, 1), (1, 1)),
+    "left": ((0, 1), (1, 0)),
+    "correlation": ((-1, 1), (1, 1)),
+}
+"""Effect and baseline of the worst and of the best prompt there can be, by what the effect is, see :class:`Claim`."""
 
 
 class Status(str, Enum):
@@ -56,6 +84,11 @@ class Claim:
         method: The attribution method that the claim is about; empty if it is about a model or the instrument.
         comparisons: How many claims of one family are judged together, this one included. The interval is widened so
             that the chance that any false claim of the family is supported stays what it is for one (Bonferroni).
+        extremes: How bad and how good a prompt that was not drawn may be: ``"fall"`` of a metric between 0 and 1, with
+            its start as baseline, or of the difference of two such falls; ``"share"`` between 0 and 1; what is
+            ``"left"`` of a metric, with its start as baseline; ``"correlation"`` between -1 and 1; or, of effects
+            without such limits and of two arms that are the same if the claim is false, as bad and as good as any
+            that was ``"seen"``.
         asserted: Whether a test fails unless the claim is supported; the others are measured and reported.
         gated: Whether the claim belongs to the baseline that a change is compared with.
         version: Raised whenever what is measured changes although no other field does.
@@ -71,6 +104,7 @@ class Claim:
     min_prompts: int = 0
     method: str = ""
     comparisons: int = 1
+    extremes: Extremes = "seen"
     asserted: bool = True
     gated: bool = True
     version: int = 1
@@ -154,40 +188,63 @@ class Verdict:
 
 
 def interval(
-    numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64], confidence: float
+    numerators: npt.NDArray[np.float64],
+    denominators: npt.NDArray[np.float64],
+    confidence: float,
+    extremes: Extremes = "seen",
+    size: float = 1,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the ends of a bias-corrected and accelerated bootstrap interval of sum(numerators) / sum(denominators).
-
-    Facts are resampled, a numerator together with its denominator.
+    """Return the ends of an interval of sum(numerators) / sum(denominators): the wider ones of two methods.
 
     Args:
         numerators: One sum for each fact, (..., facts).
         denominators: The same, (..., facts).
         confidence: Level of the two-sided interval, 0 to 1.
+        extremes: How bad and how good a fact that was not drawn may be, see :class:`Claim`.
+        size: Prompts of the largest fact.
 
     Returns:
         Lower and upper ends, (...,) each.
     """
-    ratios = numerators / denominators
+    low, high = bootstrap(numerators, denominators, confidence)
+    lower, higher = with_one_more(numerators, denominators, confidence, extremes, size)
+    return np.minimum(low, lower), np.maximum(high, higher)
+
+
+def bootstrap(
+    numerators: npt.NDArray[np.float64],
+    denominators: npt.NDArray[np.float64],
+    confidence: float,
+    *,
+    resamples: int | None = None,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the ends of a bias-corrected and accelerated bootstrap interval of sum(numerators) / sum(denominators).
+
+    Facts are resampled, a numerator together with its denominator; as often as for a verdict, if ``resamples`` does
+    not say otherwise. See :func:`interval` for the other arguments and the result.
+    """
     # Where all ratios are equal, up to rounding, so is that of every resample, which the bias correction cannot divide
-    # by.
-    varies = np.ptp(ratios, axis=-1) > 8 * np.finfo(np.float64).eps * np.abs(ratios).max(axis=-1)
-    low, high = ratios[..., 0].copy(), ratios[..., 0].copy()
+    # by. Compared without dividing: a fact may have nothing to divide by.
+    crossed = numerators * denominators[..., :1] - numerators[..., :1] * denominators
+    sizes = np.abs(numerators).max(axis=-1) * np.abs(denominators).max(axis=-1)
+    varies = np.abs(crossed).max(axis=-1) > 8 * np.finfo(np.float64).eps * sizes
+    low = np.asarray(numerators.sum(-1) / denominators.sum(-1))
+    high = low.copy()
     if not np.any(varies):
         return low, high
-    ratios, numerators, denominators = ratios[varies], numerators[varies], denominators[varies]
+    numerators, denominators = numerators[varies], denominators[varies]
 
     def ratio(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], axis: int = -1) -> npt.NDArray[np.float64]:
         return np.asarray(a.sum(axis) / b.sum(axis))
 
     alike = np.ptp(denominators) == 0
     result = stats.bootstrap(
-        (ratios,) if alike else (numerators, denominators),
+        (numerators / denominators,) if alike else (numerators, denominators),
         np.mean if alike else ratio,
         axis=-1,
         paired=True,
         vectorized=True,
-        n_resamples=RESAMPLES,
+        n_resamples=resamples or RESAMPLES,
         batch=500,
         confidence_level=confidence,
         method="BCa",
@@ -195,6 +252,65 @@ def interval(
     )
     low[varies], high[varies] = result.confidence_interval
     return low, high
+
+
+def with_one_more(
+    numerators: npt.NDArray[np.float64],
+    denominators: npt.NDArray[np.float64],
+    confidence: float,
+    extremes: Extremes = "seen",
+    size: float = 1,
+    *,
+    resamples: int | None = None,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the ends of an interval that allows for facts which were not drawn.
+
+    The facts and one more, the worst there can be, get random weights that are uniform over all weights that add to 1
+    (Dirichlet(1, ..., 1), as in the Bayesian bootstrap). The quantile of the weighted ratio is the lower end; with the
+    best there can be it is the upper one. Of effects that are 0 or 1 these are the ends of Clopper and Pearson, and
+    of n equal effects the lower one lies as far towards the worst as the share of facts that n draws can miss. That it
+    covers a bounded mean at any number of facts and at any level is a conjecture for which no exception is known
+    (Gaffke 2005; Learned-Miller & Thomas 2019, arXiv 1905.06208); :mod:`attribution.power` measures it for each claim.
+
+    See :func:`bootstrap` for ``resamples``, and :func:`interval` for the other arguments and the result.
+    """
+    resamples = resamples or RESAMPLES
+    weights = _random_weights(numerators.shape[-1], resamples)
+    drawn, one_more = weights[:, :-1].T, weights[:, -1]
+    above, below = numerators @ drawn, denominators @ drawn
+    ends = []
+    for side, (numerator, denominator) in enumerate(_extreme_facts(numerators, denominators, extremes, size)):
+        ratios = (above + numerator[..., None] * one_more) / (below + denominator[..., None] * one_more)
+        # The order statistic on the safe side.
+        place = math.floor((1 - confidence) / 2 * (resamples - 1))
+        place = resamples - 1 - place if side else place
+        ends.append(np.partition(ratios, place, axis=-1)[..., place])
+    # Rounding may not widen an interval of equal ratios that can be no other.
+    effect = numerators.sum(-1) / denominators.sum(-1)
+    low, high = (np.where(np.isclose(end, effect, rtol=1e-12, atol=0), effect, end) for end in ends)
+    return low, high
+
+
+def _extreme_facts(
+    numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64], extremes: Extremes, size: float
+) -> tuple[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]], ...]:
+    """Return numerator and denominator of the worst fact there can be, and of the best, (...,) each."""
+    if extremes != "seen":
+        shape = numerators.shape[:-1]
+        worst, best = ((np.full(shape, size * a), np.full(shape, size * b)) for a, b in EXTREMES[extremes])
+        return worst, best
+    effect = numerators.sum(-1, keepdims=True) / denominators.sum(-1, keepdims=True)
+    pulls = numerators - effect * denominators
+    found = []
+    for places in (pulls.argmin(-1, keepdims=True), pulls.argmax(-1, keepdims=True)):
+        found.append(tuple(np.take_along_axis(each, places, -1)[..., 0] for each in (numerators, denominators)))
+    return (found[0][0], found[0][1]), (found[1][0], found[1][1])
+
+
+@lru_cache(maxsize=4)
+def _random_weights(facts: int, resamples: int) -> npt.NDArray[np.float64]:
+    """Return random weights of facts and of one more, up to a factor, (resamples, facts + 1)."""
+    return np.random.default_rng(BOOTSTRAP_SEED).standard_exponential((resamples, facts + 1))
 
 
 def decide(claim: Claim, low: float, high: float) -> Status:
@@ -272,7 +388,8 @@ def judge(
         )  # fmt: skip
     numerators, denominators = (np.bincount(cluster, part).astype(np.float64) for part in (values, weights))
     effect = float(numerators.sum() / denominators.sum())
-    low, high = (float(end) for end in interval(numerators, denominators, claim.confidence))
+    size = float(np.bincount(cluster).max())
+    low, high = (float(end) for end in interval(numerators, denominators, claim.confidence, claim.extremes, size))
     status = Status.INCONCLUSIVE if len(values) < claim.min_prompts else decide(claim, low, high)
     needed = _needed(claim, effect, low, high, len(values)) if status is Status.INCONCLUSIVE else None
     return Verdict(claim, model, status, effect, low, high, len(values), len(names), seed, needed, evidence)

@@ -120,6 +120,7 @@ class Workbench:
         k: int | Sequence[int] | Mapping[str, int],
         *,
         kind: str = "zero",
+        together: Sequence[str] = (),
         seed: int = 0,
         number: int | None = None,
     ) -> dict[str, pd.DataFrame]:
@@ -129,6 +130,7 @@ class Workbench:
             methods: Registered methods; those not measured yet are measured together.
             k: How many, several numbers, or how many of each unit; FFN neurons when it names none.
             kind: An ablation kind; what is not zero takes its values from the prompts themselves.
+            together: Kinds that are measured along with it, by the same ranking.
             seed: Seed of random draws.
             number: On so many prompts only.
 
@@ -141,22 +143,23 @@ class Workbench:
             columns = ["k", "fact", *(f"{metric}_{when}" for metric in METRICS for when in ("before", "after"))]
             return {name: pd.DataFrame(columns=columns, dtype=float) for name in methods}
         asked = tuple(sorted(k.items())) if isinstance(k, Mapping) else k
-        key = (asked if isinstance(asked, int) else tuple(asked), kind, seed, len(places))
-        missing = [name for name in dict.fromkeys(methods) if (name, key) not in self._frames]
+        key = (asked if isinstance(asked, int) else tuple(asked), seed, len(places))
+        missing = [name for name in dict.fromkeys(methods) if (name, (kind, *key)) not in self._frames]
         if missing:
+            kinds = list(dict.fromkeys((kind, *together)))
             frame = evaluate(
                 self.model,
                 [self.prompts[place] for place in places],
                 method=missing,
                 k=k,
-                kind=kind,
-                reference=None if kind == "zero" else self.prompts,
+                kind=kinds,
+                reference=None if kinds == ["zero"] else self.prompts,
                 seed=seed,
                 progress=self.progress,
             )
-            for name, rows in frame.groupby("method", sort=False):
-                self._frames[name, key] = rows.reset_index(drop=True)
-        return {name: self._frames[name, key] for name in methods}
+            for (name, measured), rows in frame.groupby(["method", "kind"], sort=False):
+                self._frames[name, (measured, *key)] = rows.reset_index(drop=True)
+        return {name: self._frames[name, (kind, *key)] for name in methods}
 
     def judge(
         self,

@@ -9,7 +9,7 @@ import pytest
 from attribution.claims import Verdict
 from attribution.metrics import METRICS
 from attribution.suite import top_neurons
-from attribution.suite.common import BASELINES, RIVALS
+from attribution.suite.common import BASELINES, OTHER_KINDS, RIVALS
 from attribution.workbench import Workbench
 
 Check = Callable[[Verdict], None]
@@ -34,7 +34,7 @@ def test_zeroing_the_top_k_hurts_more_than_a_baselines_over_the_whole_curve(
 
 
 @pytest.mark.reported
-@pytest.mark.parametrize("kind", top_neurons.OTHER_KINDS)
+@pytest.mark.parametrize("kind", OTHER_KINDS)
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_top_10_beside_a_baselines_by_other_kinds_of_ablation(
     attribution_model: Workbench, attribution_method: str, baseline: str, kind: str, assert_claim: Check
@@ -43,7 +43,7 @@ def test_top_10_beside_a_baselines_by_other_kinds_of_ablation(
 
 
 @pytest.mark.reported
-@pytest.mark.parametrize("kind", top_neurons.OTHER_KINDS)
+@pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_kinds_of_ablation_order_the_methods_alike(
     attribution_model: Workbench, attribution_method: str, kind: str, assert_claim: Check
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from attribution.claims import Verdict
 from attribution.suite import value_neurons
-from attribution.suite.top_neurons import OTHER_KINDS
+from attribution.suite.common import OTHER_KINDS
 from attribution.workbench import Workbench
 
 Check = Callable[[Verdict], None]

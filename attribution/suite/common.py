@@ -19,6 +19,7 @@ __all__ = [
     "METRIC_NAMES",
     "MIN_PROMPTS",
     "NO_FFN",
+    "OTHER_KINDS",
     "RIVALS",
     "STEPS",
     "budget_of",
@@ -45,6 +46,9 @@ RIVALS = ("gradient_x_activation", "integrated_gradients", "atp_star", "relp")
 """Methods with backward passes, reported beside the paper's."""
 
 METRIC_NAMES = {"mrr": "mean reciprocal rank", "prob": "mean probability", "logp": "mean log-probability in nats"}
+
+OTHER_KINDS = ("mean", "resample")
+"""Kinds of ablation that are reported beside the paper's."""
 
 STEPS = 20
 """Points on the path of integrated gradients."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from attribution.claims import Claim, Status, Verdict, judge, judge_exact
+from attribution.claims import Claim, Extremes, Status, Verdict, judge, judge_exact
 from attribution.errors import BadInputError
 from attribution.metrics import Outcome, by_metric, measure, outranks_rivals
 from attribution.workbench import Workbench
@@ -27,6 +27,7 @@ _NUMBER = 100
 # Of the mean of that many numbers of standard deviation 1.
 _STANDARD_ERROR = _NUMBER**-0.5
 _ALONE = tuple(str(number) for number in range(_NUMBER))
+_ONES = (1.0,) * _NUMBER
 _SUPPORTED, _REFUTED, _UNDECIDED = Status.SUPPORTED, Status.REFUTED, Status.INCONCLUSIVE
 
 
@@ -48,6 +49,7 @@ class _Case:
         test: As there.
         min_prompts: As there.
         comparisons: As there.
+        extremes: As there.
         facts: What each prompt asks about.
         baselines: What the effects are relative to.
         prompts: What tells the prompts apart.
@@ -60,6 +62,7 @@ class _Case:
     test: Literal["above", "within"] = "above"
     min_prompts: int = 0
     comparisons: int = 1
+    extremes: Extremes = "seen"
     facts: Sequence[str] = _ALONE
     baselines: Sequence[float] | None = None
     prompts: Sequence[str] | None = None
@@ -76,6 +79,7 @@ class _Case:
             control="none",
             min_prompts=self.min_prompts,
             comparisons=self.comparisons,
+            extremes=self.extremes,
         )
         try:
             verdict = judge(
@@ -99,17 +103,18 @@ def _cases() -> list[_Case]:
     by_fact = (phrasings - phrasings.mean()) / phrasings.std() + 3 * _STANDARD_ERROR
     # Prompts of two sizes, the small ones with the larger share.
     unequal, shares = np.repeat([1.0, 0.01], _NUMBER // 2), np.repeat([0.5, 1.0], _NUMBER // 2)
-    # Half the width of the two intervals: 1.96 standard errors of 0.1 for 95%, 1.64 for 90%.
+    # Half the width of the two intervals: 1.96 standard errors of 0.1 for 95%, 1.64 for 90%; one fact more that is as
+    # bad as the worst of these, 2.6 below the mean, adds a quarter of one.
     return [
         _Case("the effect is above", _SUPPORTED, _normal(5)),
         _Case("the effect is below", _REFUTED, _normal(-5)),
         _Case("the threshold is not 0", _REFUTED, _normal(-5, above=1), 1),
         _Case("the interval, not the mean, is above", _UNDECIDED, _normal(1)),
         _Case("95% of the interval", _UNDECIDED, _normal(1.8)),
-        _Case("no more than 95% of one claim", _SUPPORTED, _normal(2.2)),
-        _Case("as many claims are judged together", _UNDECIDED, _normal(2.2), comparisons=20),
+        _Case("no more than 95% of one claim", _SUPPORTED, _normal(2.4)),
+        _Case("as many claims are judged together", _UNDECIDED, _normal(2.4), comparisons=20),
         _Case("fewer prompts than are needed", _UNDECIDED, _normal(5), min_prompts=_NUMBER + 1),
-        _Case("90% of the interval is inside", _SUPPORTED, _normal(0), 0.18, "within"),
+        _Case("90% of the interval is inside", _SUPPORTED, _normal(0), 0.2, "within"),
         _Case("an effect that is not seen is not absent", _UNDECIDED, _normal(0), 0.1, "within"),
         _Case("the interval, not the mean, is inside", _UNDECIDED, _normal(1), 0.2, "within"),
         _Case("the effect is above the margin", _REFUTED, _normal(7), 0.2, "within"),
@@ -129,6 +134,13 @@ def _cases() -> list[_Case]:
             0.6,
             baselines=unequal.tolist(),
         ),
+        # A hundred draws miss 3.6% of the facts altogether in one of forty cases, and 3% in one of twenty.
+        _Case("few of the facts that were not drawn may fail", _SUPPORTED, [1.0] * _NUMBER, 0.96, extremes="share"),
+        _Case("some of the facts that were not drawn may fail", _UNDECIDED, [1.0] * _NUMBER, 0.97, extremes="share"),
+        _Case("few may lose all", _SUPPORTED, [0.0] * _NUMBER, 0.031, "within", extremes="fall", baselines=_ONES),
+        _Case("some may lose all", _UNDECIDED, [0.0] * _NUMBER, 0.028, "within", extremes="fall", baselines=_ONES),
+        _Case("few may gain nothing", _SUPPORTED, [1.0] * _NUMBER, 0.92, extremes="correlation"),
+        _Case("some may be the other way round", _UNDECIDED, [1.0] * _NUMBER, 0.935, extremes="correlation"),
         _Case("an effect is no number", None, [*_normal(5)[1:], math.nan]),
         _Case("an effect is infinite", None, [*_normal(5)[1:], math.inf]),
         _Case("a prompt counts twice", None, _normal(5), prompts=["the same"] * _NUMBER),

@@ -167,6 +167,7 @@ def is_found(bench: Workbench, method: str, kind: Kind) -> Verdict:
         min_prompts=_MIN_PROMPTS,
         method=method,
         comparisons=_COMPARISONS,
+        extremes="share",
     )
     if unit_of(kind) not in METHODS[method].units:
         return not_applicable(bench, claim, f"the method does not score {unit_of(kind)} neurons")
@@ -188,6 +189,7 @@ def both_ends_of_a_chain_are_found(bench: Workbench, method: str) -> Verdict:
         min_prompts=_MIN_PROMPTS,
         method=method,
         comparisons=_COMPARISONS,
+        extremes="share",
     )
     if unit_of("chain") not in METHODS[method].units:
         return not_applicable(bench, claim, "the method does not score attention neurons")
@@ -209,6 +211,8 @@ def recovery(bench: Workbench, method: str, kind: Kind, by: str) -> Verdict:
         threshold=0,
         control=_CONTROL,
         method=method,
+        comparisons=1 + len(BASELINES),
+        extremes="share",
         asserted=False,
     )
     if unit_of(kind) not in METHODS[by].units:

@@ -201,6 +201,7 @@ def predicts_effect(bench: Workbench, method: str, effect: str = "total", scored
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=1 if scored_by is None else len(COMPARED),
+        extremes="correlation",
         asserted=scored_by is None and effect == "total",
     )
     if "ffn" not in METHODS[method].units:
@@ -217,12 +218,14 @@ def self_repair(bench: Workbench, method: str) -> Verdict:
         sentence=f"zeroing one of the top {TOP} FFN neurons by {method} takes less than what it writes is worth: later "
         "layers make up for a part",
         source="ours, after McGrath et al. 2023",
-        effect=f"direct minus total effect of a neuron, mean over the top {TOP} and over prompts, in nats",
+        # Of the mean in nats, which few prompts make up, no interval holds: simulated, it errs in up to 29% of samples.
+        effect=f"share of prompts in which the direct effects of the top {TOP} add up to more than the total ones",
         test="above",
-        threshold=0,
-        control="0 where later layers do not react, below 0 where they carry the loss on",
+        threshold=0.5,
+        control="below one half where later layers carry the loss on",
         min_prompts=MIN_PROMPTS,
         method=method,
+        extremes="share",
         asserted=False,
     )
     if "ffn" not in METHODS[method].units:
@@ -230,4 +233,4 @@ def self_repair(bench: Workbench, method: str) -> Verdict:
     found = samples(bench, method)
     direct, total = (np.array([each.effect(name)[:TOP].mean() for each in found]) for name in ("direct", "total"))
     note = f"direct {direct.mean():.2g}, total {total.mean():.2g} nats a neuron" if found else ""
-    return bench.judge(claim, direct - total, places=bench.part(PROMPTS), seed=SEED, note=note)
+    return bench.judge(claim, direct > total, places=bench.part(PROMPTS), seed=SEED, note=note)

@@ -17,6 +17,8 @@ from attribution.suite.common import (
     METRIC_NAMES,
     MIN_PROMPTS,
     NO_FFN,
+    OTHER_KINDS,
+    RIVALS,
     STEPS,
     not_applicable,
     rank_correlation,
@@ -26,7 +28,6 @@ from attribution.workbench import Workbench
 __all__ = [
     "CURVE",
     "K",
-    "OTHER_KINDS",
     "SUMMARIES",
     "beats_a_baseline",
     "beats_a_baseline_over_the_curve",
@@ -36,19 +37,26 @@ __all__ = [
 
 K = 10
 CURVE = (1, 2, 5, 10, 20, 50, 100)
-OTHER_KINDS = ("mean", "resample")
 SUMMARIES = {
     "area": "area under the curve of mean log-probability over log k, divided by its width, in nats",
     "comprehensiveness": "mean probability, averaged over k",
 }
 # Integrated gradients cost hundreds of passes for a prompt.
-RIVAL_PROMPTS = 100
+RIVAL_PROMPTS = 50
 
 
-def _left(bench: Workbench, method: str, kind: str, k: int, metric: str, judged: str) -> npt.NDArray[np.float64]:
-    """Return what a method leaves of a metric on each prompt; a judged method is measured with all its baselines."""
-    frame = bench.frames((judged, *BASELINES), CURVE if kind == "zero" else K, kind=kind)[method]
-    return np.asarray(frame.loc[frame["k"] == k, f"{metric}_after"], dtype=np.float64)
+def _left(bench: Workbench, method: str, kind: str, metric: str, judged: str) -> npt.NDArray[np.float64]:
+    """Return what the top 10 of a method leave of a metric; a judged method is measured with all its baselines.
+
+    Returns:
+        One number for each prompt; of kinds that are only reported, for those at ``bench.part(MIN_PROMPTS)``.
+    """
+    names = (judged, *BASELINES)
+    if kind == "zero":
+        frame = bench.frames(names, K)[method]
+    else:
+        frame = bench.frames(names, K, kind=kind, together=OTHER_KINDS, number=MIN_PROMPTS)[method]
+    return np.asarray(frame[f"{metric}_after"], dtype=np.float64)
 
 
 def beats_a_baseline(bench: Workbench, method: str, baseline: str, metric: str, kind: str = "zero") -> Verdict:
@@ -67,19 +75,20 @@ def beats_a_baseline(bench: Workbench, method: str, baseline: str, metric: str, 
         control=f"the same prompts with the top {K} by {baseline}",
         min_prompts=MIN_PROMPTS,
         method=method,
-        comparisons=len(BASELINES) * len(METRIC_NAMES),
+        comparisons=len(BASELINES) * len(METRIC_NAMES if kind == "zero" else OTHER_KINDS),
         asserted=kind == "zero",
     )
     if "ffn" not in METHODS[method].units:
         return not_applicable(bench, claim, NO_FFN)
-    effects = _left(bench, baseline, kind, K, metric, method) - _left(bench, method, kind, K, metric, method)
-    return bench.judge(claim, effects)
+    effects = _left(bench, baseline, kind, metric, method) - _left(bench, method, kind, metric, method)
+    return bench.judge(claim, effects, places=None if kind == "zero" else bench.part(MIN_PROMPTS))
 
 
 def _summary(bench: Workbench, method: str, summary: str, judged: str) -> npt.NDArray[np.float64]:
-    """Return one number per prompt for a whole deletion curve, smaller where more is lost."""
+    """Return one number for a whole deletion curve, smaller where more is lost, of each prompt of a part."""
     metric = "logp" if summary == "area" else "prob"
-    points = np.stack([_left(bench, method, "zero", k, metric, judged) for k in CURVE])
+    frame = bench.frames((judged, *BASELINES), CURVE, number=MIN_PROMPTS)[method]
+    points = np.stack([frame.loc[frame["k"] == k, f"{metric}_after"].to_numpy(dtype=np.float64) for k in CURVE])
     if summary == "area":
         widths = np.log(CURVE)
         return np.asarray(np.trapezoid(points, widths, axis=0) / (widths[-1] - widths[0]))
@@ -103,7 +112,8 @@ def beats_a_baseline_over_the_curve(bench: Workbench, method: str, baseline: str
     )
     if "ffn" not in METHODS[method].units:
         return not_applicable(bench, claim, NO_FFN)
-    return bench.judge(claim, _summary(bench, baseline, summary, method) - _summary(bench, method, summary, method))
+    effects = _summary(bench, baseline, summary, method) - _summary(bench, method, summary, method)
+    return bench.judge(claim, effects, places=bench.part(MIN_PROMPTS))
 
 
 def _timed_best(bench: Workbench, method: str, places: list[int]) -> tuple[list[list[Component]], str]:
@@ -129,6 +139,7 @@ def compared_with_a_rival(bench: Workbench, method: str, rival: str) -> Verdict:
         threshold=0,
         control=f"the same prompts with the top {K} by {rival}",
         method=method,
+        comparisons=len(RIVALS),
         asserted=False,
     )
     if "ffn" not in METHODS[method].units:
@@ -154,12 +165,14 @@ def kinds_agree(bench: Workbench, method: str, kind: str) -> Verdict:
         threshold=0,
         control="0 for orders that have nothing to do with each other",
         method=method,
+        comparisons=len(OTHER_KINDS),
+        extremes="correlation",
         asserted=False,
     )
     if "ffn" not in METHODS[method].units:
         return not_applicable(bench, claim, NO_FFN)
-    names = (method, *BASELINES)
-    zero, other = (
-        np.stack([_left(bench, name, each, K, "logp", method) for name in names], -1) for each in ("zero", kind)
-    )
-    return bench.judge(claim, [rank_correlation(one, two) for one, two in zip(zero, other, strict=True)])
+    names, places = (method, *BASELINES), bench.part(MIN_PROMPTS)
+    zero = np.stack([_left(bench, name, "zero", "logp", method)[places] for name in names], -1)
+    other = np.stack([_left(bench, name, kind, "logp", method) for name in names], -1)
+    correlations = [rank_correlation(one, two) for one, two in zip(zero, other, strict=True)]
+    return bench.judge(claim, correlations, places=places)

@@ -14,7 +14,7 @@ from attribution.questions import batches_of
 from attribution.ranking import all_candidates
 from attribution.records import Component, unit_named
 from attribution.selection import top_k
-from attribution.suite.common import MIN_PROMPTS, STEPS, budget_of
+from attribution.suite.common import MIN_PROMPTS, OTHER_KINDS, STEPS, budget_of
 from attribution.workbench import Workbench
 
 __all__ = [
@@ -63,9 +63,11 @@ def value_neurons_cut(bench: Workbench, method: str, metric: str, kind: str = "z
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(CUTS),
+        extremes="fall",
         asserted=kind == "zero",
     )
-    frame = bench.frames((method,), budget, kind=kind)[method]
+    # Ranking so many neurons takes far longer than any of the reruns.
+    frame = bench.frames((method,), budget, kind=kind, together=("zero", *OTHER_KINDS))[method]
     before, after = frame[f"{metric}_before"], frame[f"{metric}_after"]
     return bench.judge(claim, before - after, baselines=before)
 
@@ -85,6 +87,7 @@ def random_neurons_have_no_effect(bench: Workbench, method: str, seed: int, metr
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(SEEDS) * len(CUTS),
+        extremes="fall",
     )
     frame = bench.frames(("random",), budget, seed=seed)["random"]
     before, after = frame[f"{metric}_before"], frame[f"{metric}_after"]
@@ -92,11 +95,12 @@ def random_neurons_have_no_effect(bench: Workbench, method: str, seed: int, metr
 
 
 def _matched(bench: Workbench, method: str, budget: dict[str, int], seed: int) -> tuple[list[list[Component]], float]:
-    """Return matched controls for each prompt, and their norms as a share of those of the value neurons."""
-    controls: list[list[Component]] = [[] for _ in bench.questions]
+    """Return matched controls for each prompt of a part, and their norms as a share of the value neurons'."""
+    asked = [bench.questions[place] for place in bench.part(MIN_PROMPTS)]
+    controls: list[list[Component]] = [[] for _ in asked]
     norms = {"chosen": 0.0, "drawn": 0.0}
-    for rows, batch in batches_of(bench.model, bench.questions):
-        questions = [bench.questions[row] for row in rows]
+    for rows, batch in batches_of(bench.model, asked):
+        questions = [asked[row] for row in rows]
         wanted = {unit_named(unit): [method_named(method, unit_named(unit))] for unit in budget}
         found = all_candidates(bench.model, questions, batch, wanted, seed=seed, steps=STEPS)
         for row, by_unit in zip(rows, found, strict=True):
@@ -113,7 +117,7 @@ def _matched(bench: Workbench, method: str, budget: dict[str, int], seed: int) -
 def _left_by_matched(bench: Workbench, method: str, seed: int) -> tuple[dict[str, npt.NDArray[np.float64]], float]:
     budget = budget_of(bench, method)
     controls, share = _matched(bench, method, budget, seed)
-    after, _ = outcomes(bench.model, bench.questions, controls)
+    after, _ = outcomes(bench.model, [bench.questions[place] for place in bench.part(MIN_PROMPTS)], controls)
     return by_metric(after), share
 
 
@@ -133,12 +137,14 @@ def matched_neurons_have_no_effect(bench: Workbench, method: str, metric: str, s
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(CUTS),
+        extremes="fall",
         asserted=False,
     )
     left, share = bench.once(("matched", method, seed), lambda: _left_by_matched(bench, method, seed))
-    before = bench.before[metric]
+    places = bench.part(MIN_PROMPTS)
+    before = bench.before[metric][places]
     note = f"{share:.2f} of the value neurons' norms"
-    return bench.judge(claim, before - left[metric], baselines=before, seed=seed, note=note)
+    return bench.judge(claim, before - left[metric], baselines=before, places=places, seed=seed, note=note)
 
 
 def value_neurons_beat_matched_ones(bench: Workbench, method: str, metric: str, seed: int = 0) -> Verdict:
@@ -157,7 +163,9 @@ def value_neurons_beat_matched_ones(bench: Workbench, method: str, metric: str, 
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(CUTS),
+        extremes="fall",
     )
     left, _ = bench.once(("matched", method, seed), lambda: _left_by_matched(bench, method, seed))
-    after = bench.frames((method,), budget)[method][f"{metric}_after"].to_numpy(dtype=np.float64)
-    return bench.judge(claim, left[metric] - after, baselines=bench.before[metric], seed=seed)
+    places = bench.part(MIN_PROMPTS)
+    after = bench.frames((method,), budget)[method][f"{metric}_after"].to_numpy(dtype=np.float64)[places]
+    return bench.judge(claim, left[metric] - after, baselines=bench.before[metric][places], places=places, seed=seed)
