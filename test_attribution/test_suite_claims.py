@@ -55,7 +55,7 @@ CLAIMS: dict[str, Claimed] = {
             (query_neurons.query_neurons_beat_those_of_the_same_layers, ("mrr", "prob", "logp")),
             (query_neurons.query_neurons_cut, ("mrr", "prob")),
             (specificity.neurons_hurt_their_fact_most, specificity.SETS),
-            (specificity.unrelated_facts_stay, specificity.SETS),
+            (specificity.unrelated_facts_stay, specificity.VALUE_SETS),
             (specificity.heads_hurt_their_category_most, ("mrr", "logp")),
             (specificity.heads_of_related_categories_hurt_more, ("mrr", "prob")),
             (sufficiency.top_neurons_keep_more_than_random_ones, ("mrr", "prob", "logp")),
@@ -213,11 +213,13 @@ def test_claims_on_query_neurons_fail_with_neurons_that_wake_nothing(
 def test_random_neurons_that_are_not_random_are_found_to_have_an_effect(
     trained_bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # So few prompts show the absence of large effects only.
+    monkeypatch.setattr(query_neurons, "MARGIN", 0.4)
     judged = query_neurons.random_ffn_neurons_have_no_effect
     assert _status(judged(trained_bench, METHOD, 0, "prob")) is Status.SUPPORTED
     monkeypatch.setitem(METHODS, "random", replace(METHODS[METHOD], name="random"))
     fresh = _bench(trained_bench.model, trained_bench.known)
-    assert _status(judged(fresh, METHOD, 0, "prob")) is Status.REFUTED
+    assert _status(judged(fresh, METHOD, 0, "prob")) is not Status.SUPPORTED
 
 
 # Facts
@@ -501,7 +503,10 @@ def test_sufficiency_is_the_mean_over_shares_of_what_the_method_keeps_and_chance
     fresh = _bench(bench.model, PROMPTS)
     fresh.__dict__["before"] = dict.fromkeys(left, before)
     assert _status(sufficiency.top_neurons_keep_more_than_random_ones(fresh, METHOD, "prob")) is Status.REFUTED
-    assert _status(sufficiency.top_neurons_keep_more_than_their_share(fresh, METHOD, "prob")) is Status.REFUTED
+    # So few prompts cannot refute what another one might keep whole.
+    share = sufficiency.top_neurons_keep_more_than_their_share(fresh, METHOD, "prob")
+    assert _status(share) is not Status.SUPPORTED
+    assert share.effect < share.claim.threshold
 
 
 def test_claim_of_sufficiency_fails_for_neurons_drawn_at_random(
@@ -549,7 +554,7 @@ def test_claims_on_what_a_method_does_not_score_are_reported_as_such(
     heads = {name for name in CLAIMS if name.startswith("heads")}
     top = {name for name in CLAIMS if name.endswith("top 10")}
     assert silent == {
-        "only ffn": query | heads,
+        "only ffn": query | heads | {"neurons_hurt_their_fact_most query neurons"},
         "only attention": heads | top,
         "only layers": set(CLAIMS) - {"random"},
     }

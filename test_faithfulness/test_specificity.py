@@ -22,7 +22,7 @@ def test_zeroing_a_facts_neurons_hurts_it_more_than_an_unrelated_fact(
 
 
 @pytest.mark.specificity
-@pytest.mark.parametrize("chosen", specificity.SETS)
+@pytest.mark.parametrize("chosen", specificity.VALUE_SETS)
 def test_zeroing_a_facts_neurons_leaves_unrelated_facts_alone(
     attribution_model: Workbench, attribution_method: str, chosen: str, assert_claim: Check
 ) -> None:

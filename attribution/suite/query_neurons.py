@@ -27,6 +27,7 @@ __all__ = [
     "query_neurons_cut",
     "random_ffn_neurons_have_no_effect",
     "strongest",
+    "waking",
 ]
 
 PAPER_CUTS = {"mrr": (0.78, 0.98), "prob": (0.88, 0.99)}
@@ -54,13 +55,17 @@ def strongest(bench: Workbench, method: str, unit: Unit, number: int) -> list[Ra
     )
 
 
-def _query_neurons(bench: Workbench, method: str) -> list[list[FFNNeuron]]:
-    """Return the query neurons of the measured prompts, best first."""
-    rankings = strongest(bench, method, "attention", budget_of(bench, method)["attention"])
-    if not rankings:
-        return []
-    prompts = [bench.prompts[place] for place in bench.part(MIN_PROMPTS)]
-    return [found.neurons for found in query(bench.model, prompts, value_neurons=rankings, k=query_budget(bench))]
+def waking(bench: Workbench, method: str) -> list[list[FFNNeuron]]:
+    """Return the query neurons of the prompts at ``bench.part(MIN_PROMPTS)``, best first; found once."""
+
+    def found() -> list[list[FFNNeuron]]:
+        rankings = strongest(bench, method, "attention", budget_of(bench, method)["attention"])
+        if not rankings:
+            return []
+        prompts = [bench.prompts[place] for place in bench.part(MIN_PROMPTS)]
+        return [each.neurons for each in query(bench.model, prompts, value_neurons=rankings, k=query_budget(bench))]
+
+    return bench.once(("waking", method), found)
 
 
 def _of_the_same_layers(bench: Workbench, chosen: list[list[FFNNeuron]], seed: int) -> list[list[FFNNeuron]]:
@@ -83,7 +88,7 @@ def _left(bench: Workbench, method: str) -> dict[str, dict[str, npt.NDArray[np.f
 
     def measured() -> dict[str, dict[str, npt.NDArray[np.float64]]]:
         questions = [bench.questions[place] for place in bench.part(MIN_PROMPTS)]
-        chosen = _query_neurons(bench, method)
+        chosen = waking(bench, method)
         arms = {"query": chosen, "same layers": _of_the_same_layers(bench, chosen, seed=0)}
         return {name: by_metric(outcomes(bench.model, questions, neurons)[0]) for name, neurons in arms.items()}
 
@@ -179,6 +184,7 @@ def query_neurons_cut(bench: Workbench, method: str, metric: str) -> Verdict:
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(PAPER_CUTS),
+        extremes="fall",
         asserted=False,
     )
     if "attention" not in budget_of(bench, method):
@@ -202,6 +208,7 @@ def random_ffn_neurons_have_no_effect(bench: Workbench, method: str, seed: int, 
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(SEEDS) * len(PAPER_CUTS),
+        extremes="fall",
     )
     before = bench.before[metric][bench.part(MIN_PROMPTS)]
     return _judged(bench, claim, before - _left_by_random(bench, seed, metric), before, seed=seed)

@@ -21,7 +21,7 @@ from attribution.ranking import all_candidates
 from attribution.records import Component, Head, unit_named
 from attribution.selection import top_k
 from attribution.suite.common import METRIC_NAMES, MIN_PROMPTS, STEPS, budget_of, not_applicable
-from attribution.suite.query_neurons import strongest
+from attribution.suite.query_neurons import query_budget, strongest, waking
 from attribution.suite.value_neurons import MARGIN
 from attribution.workbench import Workbench
 
@@ -29,6 +29,7 @@ __all__ = [
     "HEAD_METRICS",
     "PAPER_HEADS",
     "SETS",
+    "VALUE_SETS",
     "are_related",
     "chosen_heads",
     "heads_hurt_their_category_most",
@@ -38,8 +39,11 @@ __all__ = [
     "unrelated_facts_stay",
 ]
 
-SETS = ("top 10", "value neurons")
-"""Which neurons of a fact are zeroed: its top 10 FFN neurons, or as many value neurons as the deletion claims zero."""
+VALUE_SETS = ("top 10", "value neurons")
+"""Which value neurons of a fact are zeroed: its top 10 FFN neurons, or as many as the deletion claims zero."""
+
+SETS = (*VALUE_SETS, "query neurons")
+"""Or the query neurons that wake them. Those of one fact need not leave others alone: the paper finds many shared."""
 
 HEAD_METRICS = ("mrr", "logp")
 
@@ -98,6 +102,8 @@ class _Paired:
 
 def _budget(bench: Workbench, method: str, chosen: str) -> dict[str, int]:
     """Return how many neurons of each unit are zeroed, of the units that a method scores."""
+    if chosen == "query neurons":
+        return {"ffn": query_budget(bench)} if "attention" in budget_of(bench, method) else {}
     if chosen == "value neurons":
         return budget_of(bench, method)
     return {"ffn": _K} if "ffn" in METHODS[method].units else {}
@@ -107,19 +113,29 @@ def _named(bench: Workbench, method: str, chosen: str) -> str:
     budget = _budget(bench, method, chosen)
     if chosen == "value neurons":
         return " and ".join(f"{number} {unit}" for unit, number in budget.items()) + f" value neurons by {method}"
+    if chosen == "query neurons":
+        return f"{budget.get('ffn', 0)} query neurons, those that wake its top attention value neurons by {method}"
     return f"top {_K} FFN neurons by {method}"
+
+
+def _ranked(bench: Workbench, method: str, chosen: str) -> list[list[Component]]:
+    """Return the neurons of each prompt at ``bench.part(MIN_PROMPTS)``."""
+    if chosen == "query neurons":
+        return [list(neurons) for neurons in waking(bench, method)]
+    ranked: list[list[Component]] = [[] for _ in bench.part(MIN_PROMPTS)]
+    for unit, number in _budget(bench, method, chosen).items():
+        # One ranking serves both numbers.
+        most = max(number, budget_of(bench, method).get(unit, 0))
+        for own, ranking in zip(ranked, strongest(bench, method, unit_named(unit), most), strict=True):
+            own += ranking.neurons[:number]
+    return ranked
 
 
 def _paired(bench: Workbench, method: str, chosen: str) -> _Paired:
     def measured() -> _Paired:
         places = bench.part(MIN_PROMPTS)
         partner = strangers([bench.prompts[place].category for place in places])
-        ranked: list[list[Component]] = [[] for _ in places]
-        for unit, number in _budget(bench, method, chosen).items():
-            # One ranking serves both numbers.
-            most = max(number, budget_of(bench, method).get(unit, 0))
-            for own, ranking in zip(ranked, strongest(bench, method, unit_named(unit), most), strict=True):
-                own += ranking.neurons[:number]
+        ranked = _ranked(bench, method, chosen)
         rows = sorted(partner)
         questions = [bench.questions[places[row]] for row in rows]
         arms = ([ranked[row] for row in rows], [ranked[partner[row]] for row in rows])
@@ -130,7 +146,7 @@ def _paired(bench: Workbench, method: str, chosen: str) -> _Paired:
 
 
 def neurons_hurt_their_fact_most(bench: Workbench, method: str, chosen: str) -> Verdict:
-    """Judge that zeroing a fact's top neurons lowers its own answer more than those of an unrelated fact do.
+    """Judge that zeroing a fact's neurons lowers its own answer more than those of an unrelated fact do.
 
     Each prompt is compared with itself, without its own neurons and without its partner's. Every prompt's neurons are
     zeroed once in its own and once in an unrelated prompt, so the mean is also that of what a fact's neurons do to its
@@ -172,7 +188,8 @@ def unrelated_facts_stay(bench: Workbench, method: str, chosen: str) -> Verdict:
         control="the same neurons lower the answer of their own fact, judged by the claims of specificity",
         min_prompts=_MIN_PAIRED,
         method=method,
-        comparisons=len(SETS),
+        comparisons=len(VALUE_SETS),
+        extremes="fall",
     )
     if not _budget(bench, method, chosen):
         return not_applicable(bench, claim, _NO_NEURONS)
