@@ -169,12 +169,41 @@ def _chosen_models(config: pytest.Config) -> list[Entry]:
     return [entry_of(name) for name in names]
 
 
+def _id_of(entry: Entry) -> str:
+    return Path(entry.name).name.replace(":", "-")
+
+
+def _elsewhere(config: pytest.Config) -> set[str]:
+    """Return the markers of models that need the network and are not named by ``-m``."""
+    asked = set(re.findall(r"\w+", config.option.markexpr or ""))
+    return {entry.marker for entry in registry().values() if not entry.bundled} - asked
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist=loadfile``, give all claims about one model to one worker: they share what was measured."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    left_out = _elsewhere(config)
+    ids = sorted((_id_of(entry) for entry in _chosen_models(config) if entry.marker not in left_out), key=len)
+
+    class ByModel(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            parameters = nodeid.partition("[")[2]
+            found = [each for each in ids if parameters.startswith((f"{each}-", f"{each}]"))]
+            return found[-1] if found else super()._split_scope(nodeid)
+
+    return ByModel(config, log)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "attribution_model" in metafunc.fixturenames:
         parameters = [
             pytest.param(
                 entry.name,
-                id=Path(entry.name).name.replace(":", "-"),
+                id=_id_of(entry),
                 marks=getattr(pytest.mark, entry.marker) if entry.marker else (),
             )
             for entry in _chosen_models(metafunc.config)
@@ -189,8 +218,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out models that need the network, unless ``-m`` names them: plain pytest needs none."""
-    asked = set(re.findall(r"\w+", config.option.markexpr or ""))
-    elsewhere = {entry.marker for entry in registry().values() if not entry.bundled} - asked
+    elsewhere = _elsewhere(config)
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in elsewhere)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -199,7 +227,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def attribution_model(request: pytest.FixtureRequest) -> Workbench:
+def _attribution_threads(request: pytest.FixtureRequest) -> None:
+    """Share the cores among workers: threads that wait for each other on the same ones cost far more than they save."""
+    worker: dict[str, Any] | None = getattr(request.config, "workerinput", None)
+    if worker is not None:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // worker["workercount"]))
+
+
+@pytest.fixture(scope="session")
+def attribution_model(request: pytest.FixtureRequest, _attribution_threads: None) -> Workbench:
     """One model of the suite with its knowledge prompts; one that cannot be loaded or trusted is an error."""
     from attribution.checks import preflight
     from attribution.knowledge import CATEGORIES, load_knowledge

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import attribution as at
+
+# A worker of a distributed run shares the cores with others.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 LAYERS, WIDTH, HEADS, KV_HEADS, FFN, CONTEXT = 3, 32, 4, 2, 48, 32
 # Where a family may choose it: another size than width / heads, and than every other size here.
