@@ -350,7 +350,6 @@ def test_methods_are_judged_on_at_most_so_many_prompts(suite: Suite) -> None:
 def test_distributed_run_saves_and_compares_as_one(
     folders: dict[str, Path], suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("xdist", reason="pytest-xdist is what is tested here")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     suite.measure(**{f"claim {number}": {"shift": number} for number in range(12)})
     suite.model = replace(suite.model, name=str(folders["gpt2"]))

@@ -172,3 +172,28 @@ def test_suite_chooses_its_models_and_categories_by_hooks(suite: pytest.Pytester
 def test_runs_without_claims_do_not_import_torch(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("import sys\ndef test_it(): assert not {'torch', 'nnsight', 'transformers'} & set(sys.modules)")
     pytester.runpytest_subprocess().assert_outcomes(passed=1)
+
+
+SHARED = """
+import pytest
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("model", ["bundled-gpt2", "bundled-llama"])
+def test_claim(model, number):
+    pass
+
+def test_without_model():
+    pass
+"""
+
+
+def test_claims_of_several_files_about_one_model_are_judged_by_one_worker(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_one=SHARED, test_two=SHARED)
+    result = pytester.runpytest_subprocess("-v", "-n2", "--dist=loadfile", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=18)
+    passed = r"\[(gw\d)\].* PASSED test_(?:one|two)\.py::test_claim\[(bundled-\w+)-\d\]"
+    judged = re.findall(passed, result.stdout.str())
+    assert len(judged) == 16
+    by_model = {model: {worker for worker, other in judged if other == model} for _, model in judged}
+    assert {len(workers) for workers in by_model.values()} == {1}
+    assert by_model["bundled-gpt2"] != by_model["bundled-llama"]
