@@ -134,12 +134,14 @@ def compared_with_a_rival(bench: Workbench, method: str, rival: str) -> Verdict:
         id=f"top {K} vs {rival}: logp",
         sentence=f"zeroing the top {K} FFN neurons by {method} lowers logp more than the top {K} by {rival}",
         source="ours",
-        effect=f"{METRIC_NAMES['logp']} left by {rival} minus that left by the method",
+        # Of the mean in nats, which few of so few prompts make up, no interval holds: simulated, it errs in up to 10%.
+        effect=f"share of prompts in which {rival} leaves more than the method",
         test="above",
-        threshold=0,
+        threshold=0.5,
         control=f"the same prompts with the top {K} by {rival}",
         method=method,
         comparisons=len(RIVALS),
+        extremes="share",
         asserted=False,
     )
     if "ffn" not in METHODS[method].units:
@@ -151,7 +153,9 @@ def compared_with_a_rival(bench: Workbench, method: str, rival: str) -> Verdict:
         best, cost = _timed_best(bench, name, places)
         left[name] = np.array([outcome.logp for outcome in outcomes(bench.model, questions, best)[0]])
         costs.append(cost)
-    return bench.judge(claim, left[rival] - left[method], places=places, note=" against ".join(costs))
+    more = left[rival] - left[method]
+    note = " against ".join(costs) + (f"; {more.mean():+.3f} nats in the mean" if places else "")
+    return bench.judge(claim, (np.sign(more) + 1) / 2, places=places, note=note)
 
 
 def kinds_agree(bench: Workbench, method: str, kind: str) -> Verdict:
