@@ -351,11 +351,15 @@ def tokenizer(folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def plain_logits(plain: Any, tokenizer: Any) -> Callable[..., torch.Tensor]:
-    """Logits at the last position by plain transformers, (vocabulary,), of ``plain`` or of an edited copy."""
+    """Logits at the last position by plain transformers, (vocabulary,), of ``plain`` or of an edited copy.
+
+    Only that position is unembedded, as in a rerun: a product of another shape is rounded otherwise.
+    """
 
     def logits(prompt: str, network: Any = None) -> torch.Tensor:
+        tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
-            output = (network or plain)(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))
+            output = (network or plain)(**tokens, logits_to_keep=1)
         return output.logits[0, -1]
 
     return logits

@@ -118,7 +118,7 @@ def _with_zeroed_rows(model: at.Model, plain: Any, neurons: Sequence[Any]) -> An
 
 def _run(network: Any, ids: list[int]) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = network(input_ids=torch.tensor([ids])).logits[0, -1]
+        logits: Tensor = network(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0, -1]
     return logits
 
 

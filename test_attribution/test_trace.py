@@ -63,7 +63,8 @@ def test_the_last_real_token_is_read_not_the_padding(model: at.Model) -> None:
             assert torch.equal(getattr(last, name)[:, row], getattr(everything, name)[:, row, end]), name
         assert torch.equal(last.pattern[:, row], everything.pattern[:, row, :, end])
         assert torch.equal(last.resid_final[row], everything.resid_final[row, end])
-        assert torch.equal(last.logits[row], everything.logits[row, end])
+        # Unembedded alone or among others: products of other shapes are rounded otherwise.
+        torch.testing.assert_close(last.logits[row], everything.logits[row, end])
 
 
 def test_logits_are_the_models_own(model: at.Model, plain_logits: Any) -> None:

@@ -603,10 +603,10 @@ MEASURING = (
         VALUE,
     ),
     _fault(
-        "the worst of the ranked are ablated",
+        "the best of the ranked are spared",
         "evaluation:_chosen",
         "ranked[unit][:number]",
-        "ranked[unit][-number:]",
+        "ranked[unit][number:]",
         BASELINES,
     ),
     _fault(
