@@ -257,12 +257,13 @@ def test_three_ways_of_switching_off_agree_in_every_architecture(
     ids = _ids(model, PROMPT)
     whole = _run(architecture_plain, ids)
     activations = at.ablate(model, [PROMPT] * len(SETS), list(SETS.values()))
-    for (name, neurons), logits in zip(SETS.items(), activations, strict=True):
+    for neurons, logits in zip(SETS.values(), activations, strict=True):
         expected = _run(_with_zeroed_rows(model, architecture_plain, neurons), ids)
         _assert_same(model, logits, expected)
         _assert_differ(model, expected, whole)
         with zeroed_parameters(model, neurons) as edited:
-            assert torch.equal(rerun(edited, pad([ids]))[0], expected), name
+            # Up to rounding: a product of one row depends on where in memory its matrix begins.
+            _assert_same(model, rerun(edited, pad([ids]))[0], expected)
 
 
 @pytest.mark.parametrize("row", ["gate", "up"])
