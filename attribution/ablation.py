@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -103,15 +104,16 @@ def _columns(found: list[tuple[int, Component]], **sizes: int) -> tuple[Tensor, 
     """
     if not found:
         return torch.empty(1 + len(sizes), 0, dtype=torch.long).unbind()
+    variants, records = zip(*found, strict=True)
     # numpy reads long lists several times faster than torch does.
-    values = torch.from_numpy(np.array([[getattr(record, name) for _, record in found] for name in sizes]))
+    values = torch.from_numpy(np.array([list(map(attrgetter(name), records)) for name in sizes]))
     limits = torch.tensor(list(sizes.values()))[:, None]
     outside = (values < 0) | (values >= limits)
     if outside.any():
         place, row = outside.nonzero()[0].tolist()
-        (name, size), record = list(sizes.items())[place], found[row][1]
+        (name, size), record = list(sizes.items())[place], records[row]
         raise BadInputError(f"{record!r} has {name} {getattr(record, name)}, but the model has {size}; count from 0.")
-    return torch.from_numpy(np.array([variant for variant, _ in found])), *values
+    return torch.from_numpy(np.array(variants)), *values
 
 
 def ablation_masks(

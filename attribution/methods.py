@@ -231,16 +231,21 @@ def _prob_increase(candidates: Candidates) -> Tensor:
     return _as_probability(candidates, _log_prob_increase(candidates))
 
 
-@register_method("vector_norm", source="Table 2 d)")
+# What takes no projection is its own bound: without one, a method is scored in blocks that a projection would fit.
 def _vector_norm(candidates: Candidates) -> Tensor:
     """|v|, the L2 norm of the bare vector."""
     return candidates.of_vector(candidates.table.norms)
 
 
-@register_method("coefficient", source="Table 2 e)")
+register_method("vector_norm", source="Table 2 d)", bound=_vector_norm)(_vector_norm)
+
+
 def _coefficient(candidates: Candidates) -> Tensor:
     """|m|."""
     return candidates.coefficient.abs()
+
+
+register_method("coefficient", source="Table 2 e)", bound=_coefficient)(_coefficient)
 
 
 def _reciprocal_rank_bound(candidates: Candidates) -> Tensor:
@@ -253,10 +258,12 @@ def _reciprocal_rank(candidates: Candidates) -> Tensor:
     return candidates.table.reciprocal_ranks(candidates.slot, candidates.row, candidates.answer)
 
 
-@register_method("output_norm", unit=UNITS, source="Table 2 g)")
 def _output_norm(candidates: Candidates) -> Tensor:
     """|m| * |v|, the L2 norm of what the candidate writes."""
     return _coefficient(candidates) * _vector_norm(candidates)
+
+
+register_method("output_norm", unit=UNITS, source="Table 2 g)", bound=_output_norm)(_output_norm)
 
 
 def _coefficient_by_rank_bound(candidates: Candidates) -> Tensor:
@@ -269,17 +276,16 @@ def _coefficient_by_rank(candidates: Candidates) -> Tensor:
     return _coefficient(candidates) * _reciprocal_rank(candidates)
 
 
-def _draws(candidates: Candidates) -> Tensor:
+def _random(candidates: Candidates) -> Tensor:
+    """A uniform number per candidate."""
     generator = torch.Generator().manual_seed(candidates.seed)
     draws = torch.rand(candidates.total, generator=generator, dtype=torch.float64)
     return draws.to(candidates.index.device)[candidates.index]
 
 
-# Its own bound: without one, all would be drawn anew for each block of candidates.
-@register_method("random", unit=UNITS, source="control: uniform draw without replacement, seeded", bound=_draws)
-def _random(candidates: Candidates) -> Tensor:
-    """A uniform number per candidate."""
-    return _draws(candidates)
+register_method("random", unit=UNITS, source="control: uniform draw without replacement, seeded", bound=_random)(
+    _random
+)
 
 
 @register_method(

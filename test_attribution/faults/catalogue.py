@@ -496,7 +496,7 @@ TOKENS = (
     ),
     _fault(
         "random neurons come from the early layers",
-        "methods:_draws",
+        "methods:_random",
         "draws.to(candidates.index.device)[candidates.index]",
         "(draws - torch.arange(candidates.total) / candidates.total)[candidates.index]",
         CONTROLS,
