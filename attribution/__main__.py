@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attribution.errors import AttributionError
+from attribution.prompts_cli import add_commands
 
 __all__ = ["main"]
 
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m attribution", description="Claims about single neurons.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_baselines(commands)
+    add_commands(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -17,14 +16,15 @@ from attribution.ablation import AblationKind, Reference, ablated_logits, ablati
 from attribution.errors import BadInputError
 from attribution.knowledge import Prompt
 from attribution.methods import method_named
-from attribution.metrics import Outcome, measure_each, outranks_rivals
+from attribution.metrics import Outcome, SelectionOutcome, measure_each
 from attribution.model import Model
 from attribution.questions import Question, batches_of, prompt_list, prompts_with_answers, question_of
 from attribution.ranking import all_candidates
 from attribution.records import Component, Unit, unit_named
 from attribution.selection import top_k
-from attribution.tokens import TokenBatch, answer_token, chunk_by_length, encode, pad
-from attribution.trace import Activations, read_activations, rerun
+from attribution.selection_rule import selection_outcomes
+from attribution.tokens import TokenBatch, chunk_by_length, encode, pad
+from attribution.trace import Activations, read_activations
 
 __all__ = ["ablate", "best_records", "evaluate", "known_prompts", "outcomes", "traced_batches"]
 
@@ -271,7 +271,8 @@ def _chosen(ranked: Mapping[Unit, list[Component]], budget: Mapping[Unit, int]) 
 def known_prompts(model: Model, prompts: Sequence[Prompt], words: Mapping[str, Sequence[str]]) -> list[Prompt]:
     """Return the prompts that a model answers by the paper's selection rule.
 
-    The correct token must be in the model's top 10 and above every other word of its type.
+    The correct token must be in the model's top 10 and above every other word of its type; an answer of several tokens
+    has no rank and does not pass. :func:`attribution.selection_rule.selection_report` counts why prompts fall.
 
     Args:
         model: A loaded model.
@@ -285,26 +286,5 @@ def known_prompts(model: Model, prompts: Sequence[Prompt], words: Mapping[str, S
     Raises:
         BadInputError: If a prompt or answer cannot be used, or a category has no word list.
     """
-    questions = [question_of(model, prompt.text, prompt.answer) for prompt in prompts]
-    rivals = {category: _rival_tokens(model, each) for category, each in words.items()}
-    for prompt in prompts:
-        if prompt.category not in rivals:
-            raise BadInputError(
-                f"prompt {prompt.text!r} has the category {prompt.category!r}, which has no word list among "
-                f"{', '.join(rivals)}; pass its words."
-            )
-    known: set[int] = set()
-    for rows, batch in batches_of(model, questions):
-        for row, logits in zip(rows, rerun(model, batch), strict=True):
-            if outranks_rivals(logits, questions[row].answer_id, rivals[prompts[row].category]):
-                known.add(row)
-    return [prompt for row, prompt in enumerate(prompts) if row in known]
-
-
-def _rival_tokens(model: Model, words: Sequence[str]) -> list[int]:
-    tokens = []
-    for word in words:
-        # Any prompt serves: an answer is tokenised as the continuation of one.
-        with suppress(BadInputError):
-            tokens.append(answer_token(model.tokenizer, "The word is", f" {word}"))
-    return tokens
+    fates = selection_outcomes(model, prompts, words)
+    return [prompt for prompt, fate in zip(prompts, fates, strict=True) if fate is SelectionOutcome.KEPT]

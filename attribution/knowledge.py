@@ -49,9 +49,9 @@ class Prompt:
     Attributes:
         text: The prompt, without a trailing space.
         answer: The answer as it continues the text, with its leading space.
-        category: One of :data:`CATEGORIES`, or empty for a prompt of the user's own.
-        relation: The relation within the category, such as ``country_capital``.
-        subject: What the fact is about, as written in the file.
+        category: One of :data:`CATEGORIES`, or any name, or none, for a prompt of the user's own.
+        relation: The relation within the category, such as ``country_capital``; empty where a fact has but a name.
+        subject: What the fact is about, as written in the file; empty where the prompt is the fact.
         phrasing: Position of the phrasing in its relation, from 0.
     """
 
@@ -65,24 +65,38 @@ class Prompt:
     @property
     def fact(self) -> str:
         """The fact behind the prompt: prompts that share it are phrasings of one piece of knowledge."""
-        return f"{self.category}/{self.relation}/{self.subject}" if self.subject else self.text
+        if not self.subject:
+            return self.text
+        return "/".join(part for part in (self.category, self.relation, self.subject) if part)
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One subject with its answer and every phrasing of the question."""
+    """One subject with its answer and every phrasing of the question.
+
+    Attributes:
+        category: What kind of word the answer is.
+        relation: The relation within the category.
+        subject: What the fact is about.
+        answer: The answer, without leading space.
+        phrasings: The texts, in which ``{subject}`` and ``{Subject}`` stand for the subject.
+        literal: Whether they are prompts as they stand, whose braces stand for nothing.
+    """
 
     category: str
     relation: str
     subject: str
     answer: str
     phrasings: tuple[str, ...]
+    literal: bool = False
 
     def prompts(self) -> Iterator[Prompt]:
         """Yield one :class:`Prompt` per phrasing."""
         capitalised = self.subject[:1].upper() + self.subject[1:]
         for number, phrasing in enumerate(self.phrasings):
-            text = phrasing.replace("{subject}", self.subject).replace("{Subject}", capitalised)
+            text = phrasing
+            if not self.literal:
+                text = text.replace("{subject}", self.subject).replace("{Subject}", capitalised)
             yield Prompt(text, " " + self.answer, self.category, self.relation, self.subject, number)
 
 
@@ -93,10 +107,12 @@ class Knowledge:
     Attributes:
         facts: Every fact, in file order.
         words: Category to all its words, without leading space; the rivals in the selection rule.
+        bundled: Whether they come with the package: what the registry records of a model was measured on these.
     """
 
     facts: tuple[Fact, ...]
     words: dict[str, tuple[str, ...]]
+    bundled: bool = True
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -104,7 +120,7 @@ class Knowledge:
         return tuple(prompt for fact in self.facts for prompt in fact.prompts())
 
 
-class _Source:
+class Source:
     """A file's text, able to say on which line a key or a string stands.
 
     A TOML parser forgets where a value came from; a person who must mend one needs the line.
@@ -133,12 +149,12 @@ class _Source:
         return f"{self.path}:{line}: {sentence}"
 
 
-def _contains_answer(text: str, answer: str) -> bool:
+def gives_away(text: str, answer: str) -> bool:
     """Say whether a word of ``text`` begins with ``answer``: "Germany" gives "German" away."""
     return re.search(rf"\b{re.escape(answer)}", text, flags=re.IGNORECASE) is not None
 
 
-def _check_phrasings(source: _Source, relation: str, phrasings: Any, header: int) -> Iterator[str]:
+def _check_phrasings(source: Source, relation: str, phrasings: Any, header: int) -> Iterator[str]:
     if not isinstance(phrasings, list) or not all(isinstance(item, str) for item in phrasings):
         yield source.problem(header, f"relation {relation!r} needs a list of strings named phrasings.")
         return
@@ -154,7 +170,7 @@ def _check_phrasings(source: _Source, relation: str, phrasings: Any, header: int
             yield source.problem(line, f"phrasing {phrasing!r} has spaces at an end or doubled; remove them.")
 
 
-def _check_facts(source: _Source, relation: str, facts: Any, words: set[str], header: int) -> Iterator[str]:
+def _check_facts(source: Source, relation: str, facts: Any, words: set[str], header: int) -> Iterator[str]:
     if not isinstance(facts, dict) or not facts:
         yield source.problem(header, f"relation {relation!r} needs a table of facts, subject = answer.")
         return
@@ -166,7 +182,7 @@ def _check_facts(source: _Source, relation: str, facts: Any, words: set[str], he
             yield source.problem(line, f"answer {answer!r} of {subject!r} is not in this file's words; add it there.")
 
 
-def _check_structure(source: _Source, data: dict[str, Any]) -> Iterator[str]:
+def _check_structure(source: Source, data: dict[str, Any]) -> Iterator[str]:
     for key in data.keys() - _FILE_KEYS:
         yield source.problem(source.line_of(key), f"unknown key {key!r}; known are {', '.join(sorted(_FILE_KEYS))}.")
     if data.get("category") not in CATEGORIES:
@@ -203,7 +219,7 @@ def _check_structure(source: _Source, data: dict[str, Any]) -> Iterator[str]:
 class _CategoryFile:
     """One file as read: its lines, its facts and words, and every problem that can be seen in it alone."""
 
-    source: _Source
+    source: Source
     category: str
     words: tuple[str, ...]
     facts: tuple[Fact, ...]
@@ -215,9 +231,9 @@ class _CategoryFile:
 
 
 def _read(path: Path) -> _CategoryFile:
-    source, problems, data = _Source(path, ""), [], {}
+    source, problems, data = Source(path, ""), [], {}
     try:
-        source = _Source(path, path.read_text(encoding="utf-8"))
+        source = Source(path, path.read_text(encoding="utf-8"))
         data = tomllib.loads("\n".join(source.lines))
         problems = list(_check_structure(source, data))
     except (OSError, UnicodeDecodeError) as error:
@@ -238,7 +254,7 @@ def _read(path: Path) -> _CategoryFile:
         source.problem(file.line_of(fact), f"prompt {prompt.text!r} gives its answer {fact.answer!r} away; reword it.")
         for fact in facts
         for prompt in fact.prompts()
-        if _contains_answer(prompt.text, fact.answer)
+        if gives_away(prompt.text, fact.answer)
     ]
     return replace(file, problems=tuple(given_away))
 
@@ -298,6 +314,7 @@ def load_knowledge(directory: Path | None = None, categories: Sequence[str] | No
     for category in categories or ():
         if category not in CATEGORIES:
             raise BadInputError(f"category {category!r} is unknown; use one of {', '.join(CATEGORIES)}.")
+    bundled = directory is None
     if directory is None:
         from attribution.resources import fixtures_folder
 
@@ -310,6 +327,5 @@ def load_knowledge(directory: Path | None = None, categories: Sequence[str] | No
     if problems:
         raise KnowledgeError("\n".join(problems))
     chosen = [file for file in files if categories is None or file.category in categories]
-    return Knowledge(
-        tuple(fact for file in chosen for fact in file.facts), {file.category: file.words for file in chosen}
-    )
+    facts = tuple(fact for file in chosen for fact in file.facts)
+    return Knowledge(facts, {file.category: file.words for file in chosen}, bundled)

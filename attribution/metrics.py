@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,16 @@ from torch import Tensor
 
 from attribution.errors import BadInputError
 
-__all__ = ["METRICS", "Outcome", "by_metric", "measure", "measure_each", "outranks_rivals"]
+__all__ = [
+    "METRICS",
+    "Outcome",
+    "SelectionOutcome",
+    "by_metric",
+    "measure",
+    "measure_each",
+    "outranks_rivals",
+    "selection_outcome",
+]
 
 METRICS = ("mrr", "prob", "logp")
 
@@ -81,8 +91,18 @@ def by_metric(outcomes: Sequence[Outcome]) -> dict[str, npt.NDArray[np.float64]]
     return {name: np.array([getattr(each, name) for each in outcomes], dtype=np.float64) for name in METRICS}
 
 
-def outranks_rivals(logits: Tensor, answer_id: int, rival_ids: Sequence[int]) -> bool:
-    """Say whether a prompt passes the paper's selection rule.
+class SelectionOutcome(Enum):
+    """What the paper's selection rule says of a prompt: kept, or the first of these reasons that holds."""
+
+    KEPT = "kept"
+    SEVERAL_TOKENS = "answer is several tokens"
+    """The rule compares the ranks of single tokens, so such an answer has none."""
+    NOT_IN_TOP = "not in the top 10"
+    OUTRANKED = "outranked by another word of its type"
+
+
+def selection_outcome(logits: Tensor, answer_id: int, rival_ids: Sequence[int]) -> SelectionOutcome:
+    """Apply the paper's selection rule to an answer of one token.
 
     The answer must be among the ten most likely tokens and above every other word of its type.
 
@@ -92,6 +112,13 @@ def outranks_rivals(logits: Tensor, answer_id: int, rival_ids: Sequence[int]) ->
         rival_ids: Token ids of every word of the answer's type; the answer's own is ignored.
     """
     if measure(logits, answer_id).rank > 10:
-        return False
+        return SelectionOutcome.NOT_IN_TOP
     rivals = [rival for rival in rival_ids if rival != answer_id]
-    return not rivals or bool(logits[answer_id] > logits[rivals].max())
+    if not rivals or bool(logits[answer_id] > logits[rivals].max()):
+        return SelectionOutcome.KEPT
+    return SelectionOutcome.OUTRANKED
+
+
+def outranks_rivals(logits: Tensor, answer_id: int, rival_ids: Sequence[int]) -> bool:
+    """Say whether a prompt passes the paper's selection rule, see :func:`selection_outcome`."""
+    return selection_outcome(logits, answer_id, rival_ids) is SelectionOutcome.KEPT

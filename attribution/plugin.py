@@ -21,6 +21,7 @@ from attribution.registry import Entry, entry_of, registry
 if TYPE_CHECKING:
     from attribution.baselines import Baseline, ModelFacts
     from attribution.claims import Verdict
+    from attribution.knowledge import Knowledge
     from attribution.workbench import Workbench
 
 __all__: list[str] = []
@@ -41,6 +42,7 @@ CLAIM_MARKERS = {
 _VERDICT = "attribution_verdict"
 _MEASURED = "attribution_measured"
 _FACTS = pytest.StashKey[dict[str, "ModelFacts"]]()
+_OWN_PROMPTS: pytest.StashKey[Knowledge] = pytest.StashKey()
 
 
 class PluginHooks:
@@ -58,7 +60,9 @@ class PluginHooks:
 
     @pytest.hookspec(firstresult=True)
     def pytest_attribution_categories(self, config: pytest.Config) -> Sequence[str] | None:
-        """Return the knowledge categories whose prompts are used; all by default."""
+        """Return the knowledge categories whose prompts are used, and that tests using ``attribution_category`` run on;
+        all by default. With --prompts, they are those of the file.
+        """
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -97,6 +101,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=_number,
         default=None,
         help="judge methods on at most N prompts of each model, always the same ones; all by default",
+    )
+    group.addoption(
+        "--prompts",
+        metavar="FILE",
+        default=None,
+        help="a CSV, JSONL or TOML file of prompts, with the categories it names, to run the claims on instead of the "
+        "bundled ones; write --prompts=FILE, with the equals sign",
     )
     group.addoption(
         SAVE, metavar="NAME", default=None, help="store what this run measures as the baseline .attribution/NAME.json"
@@ -145,6 +156,14 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker, meaning in CLAIM_MARKERS.items():
         config.addinivalue_line("markers", f"{marker}: {meaning}")
     config.pluginmanager.register(_VerdictTable(), "attribution-verdict-table")
+    file: str | None = config.getoption("--prompts")
+    if file is not None:
+        from attribution.prompt_files import load_prompts
+
+        try:
+            config.stash[_OWN_PROMPTS] = load_prompts(Path(file))
+        except AttributionError as error:
+            raise pytest.UsageError(str(error)) from None
     given = [config.getoption(name) for name in (SAVE, COMPARE, "--attribution-fail", "--attribution-allow")]
     asked = config.getoption("--attribution-update") or any(each is not None for each in given)
     # Workers of a distributed run report to the one process that compares and writes.
@@ -158,6 +177,24 @@ def pytest_configure(config: pytest.Config) -> None:
 def _gated(config: pytest.Config) -> bool:
     """Say whether the run is saved or compared."""
     return config.getoption(SAVE) is not None or config.getoption(COMPARE) is not None
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    own = config.stash.get(_OWN_PROMPTS, None)
+    if own is None:
+        return []
+    facts = len({prompt.fact for prompt in own.prompts})
+    what = f"{len(own.prompts)} prompts of {facts} facts in {', '.join(own.words)}"
+    return [f"prompts: {config.getoption('--prompts')}, {what}"]
+
+
+def _chosen_categories(config: pytest.Config) -> list[str]:
+    from attribution.knowledge import CATEGORIES
+
+    own = config.stash.get(_OWN_PROMPTS, None)
+    if own is not None:
+        return list(own.words)
+    return list(config.hook.pytest_attribution_categories(config=config) or CATEGORIES)
 
 
 def _chosen_models(config: pytest.Config) -> list[Entry]:
@@ -214,6 +251,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
         names = metafunc.config.hook.pytest_attribution_methods(config=metafunc.config) or judged_methods()
         metafunc.parametrize("attribution_method", names, scope="session")
+    if "attribution_category" in metafunc.fixturenames:
+        metafunc.parametrize("attribution_category", _chosen_categories(metafunc.config))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -240,12 +279,11 @@ def _attribution_threads(request: pytest.FixtureRequest) -> None:
 def attribution_model(request: pytest.FixtureRequest, _attribution_threads: None) -> Workbench:
     """One model of the suite with its knowledge prompts; one that cannot be loaded or trusted is an error."""
     from attribution.checks import preflight
-    from attribution.knowledge import CATEGORIES, load_knowledge
+    from attribution.knowledge import load_knowledge
     from attribution.model import load
     from attribution.workbench import Workbench
 
     config = request.config
-    categories = config.hook.pytest_attribution_categories(config=config) or CATEGORIES
     problem = ""
     try:
         model = load(request.param, models_dir=config.getoption("--models-dir"))
@@ -262,7 +300,7 @@ def attribution_model(request: pytest.FixtureRequest, _attribution_threads: None
         from attribution.baselines import facts_of
 
         config.stash.setdefault(_FACTS, {})[model.name] = facts_of(model)
-    knowledge = load_knowledge(categories=categories)
+    knowledge = config.stash.get(_OWN_PROMPTS, None) or load_knowledge(categories=_chosen_categories(config))
     return Workbench(model, knowledge, max_prompts=config.getoption("--max-prompts"), progress=progress)
 
 
@@ -285,7 +323,9 @@ def assert_claim(
     def check(verdict: Verdict) -> None:
         __tracebackhide__ = True
         claim = verdict.claim
-        recorded = entry_of(verdict.model).not_supported.get(claim.id) if claim.method in ("", METHOD) else None
+        # The registry records what was measured on the bundled prompts.
+        known = claim.method in ("", METHOD) and _OWN_PROMPTS not in config.stash
+        recorded = entry_of(verdict.model).not_supported.get(claim.id) if known else None
         if claim.gated and _gated(config):
             _record_for_the_gate(config, verdict, record_property)
         record_property(_VERDICT, verdict_row(verdict, recorded))

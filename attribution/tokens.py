@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attribution.errors import BadInputError
 
-__all__ = ["TokenBatch", "answer_token", "chunk_by_length", "encode", "pad"]
+__all__ = ["TokenBatch", "answer_token", "answer_tokens", "chunk_by_length", "encode", "pad"]
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ def encode(tokenizer: Any, text: str, *, context: int | None) -> list[int]:
     return ids
 
 
-def answer_token(tokenizer: Any, prompt: str, answer: str) -> int:
-    """Return the token id of an answer as it continues the prompt.
+def answer_tokens(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+    """Return the token ids of an answer as it continues the prompt, at least one.
 
     The answer is tokenised in place, so that byte-level and metaspace tokenizers need no cases of their own.
 
     Raises:
-        BadInputError: If the answer is not a string, is empty, is several tokens, or merges with the prompt.
+        BadInputError: If the answer is not a string, is empty, or merges with the prompt.
     """
     if not isinstance(answer, str):
         raise BadInputError(f"answer {answer!r} is a {type(answer).__name__}, not a string; pass one word.")
@@ -92,6 +92,16 @@ def answer_token(tokenizer: Any, prompt: str, answer: str) -> int:
             f"answer {answer!r} merges with the end of prompt {prompt!r}; begin the answer with a space, or choose "
             "another."
         )
+    return pieces
+
+
+def answer_token(tokenizer: Any, prompt: str, answer: str) -> int:
+    """Return the token id of an answer as it continues the prompt.
+
+    Raises:
+        BadInputError: If the answer is not a string, is empty, is several tokens, or merges with the prompt.
+    """
+    pieces = answer_tokens(tokenizer, prompt, answer)
     if len(pieces) > 1:
         names = ", ".join(repr(tokenizer.decode([piece])) for piece in pieces)
         raise BadInputError(

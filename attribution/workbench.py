@@ -20,10 +20,13 @@ from attribution.metrics import METRICS, by_metric
 from attribution.model import Model
 from attribution.questions import Question, question_of
 from attribution.registry import Entry, entry_of
+from attribution.selection_rule import one_token_words
 
 __all__ = ["Workbench", "prompt_key"]
 
 T = TypeVar("T")
+
+OWN_PROMPTS = "the prompts are one's own: only more than with swapped answers"
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -53,8 +56,11 @@ class Workbench:
 
     @property
     def entry(self) -> Entry:
-        """What the registry says of the model."""
-        return entry_of(self.model.name)
+        """What the registry says of the model; of prompts of one's own it records nothing."""
+        entry = entry_of(self.model.name)
+        if self.knowledge.bundled:
+            return entry
+        return replace(entry, known_share=0.0, known_share_reason=OWN_PROMPTS, not_supported={})
 
     @cached_property
     def known(self) -> list[Prompt]:
@@ -68,15 +74,22 @@ class Workbench:
 
     @cached_property
     def swapped(self) -> list[Prompt]:
-        """Every prompt with the next different answer of its category, in file order."""
+        """Every prompt with the next different answer of its category, in file order.
+
+        An answer of several tokens could not be asked for and is passed over. Where a category is left with one
+        answer, another word of it takes turns with that.
+        """
         swapped = []
-        for category in self.knowledge.words:
+        for category, words in self.knowledge.words.items():
             answers = [fact.answer for fact in self.knowledge.facts if fact.category == category]
-            distinct = list(dict.fromkeys(answers))
+            distinct = list(one_token_words(self.model, answers))
+            if len(distinct) < 2:
+                distinct = list(one_token_words(self.model, [*distinct, *words]))[:2]
             following = dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
             for prompt in self.knowledge.prompts:
                 if prompt.category == category:
-                    swapped.append(replace(prompt, answer=" " + following[prompt.answer.strip()]))
+                    own = prompt.answer[1:]
+                    swapped.append(replace(prompt, answer=" " + following.get(own, next(iter(distinct), own))))
         return swapped
 
     @cached_property
@@ -100,8 +113,11 @@ class Workbench:
 
     def part(self, number: int) -> list[int]:
         """Return the places of at most so many of :attr:`prompts`, drawn by hash, for what is expensive to measure."""
-        places = sorted(range(len(self.prompts)), key=lambda place: _draw(self.prompts[place].text))
-        return sorted(places[:number])
+        return sorted(self.drawn()[:number])
+
+    def drawn(self) -> list[int]:
+        """Return the places of :attr:`prompts` in an order drawn by hash."""
+        return sorted(range(len(self.prompts)), key=lambda place: _draw(self.prompts[place].text))
 
     @cached_property
     def before(self) -> dict[str, npt.NDArray[np.float64]]:

@@ -7,26 +7,23 @@ from collections.abc import Callable
 import pytest
 
 from attribution.claims import Claim, Verdict, judge
-from attribution.knowledge import CATEGORIES
-from attribution.registry import registry
 from attribution.workbench import Workbench
 
 pytestmark = pytest.mark.knowledge
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
 def test_model_knows_the_facts_of_a_category(
-    attribution_model: Workbench, category: str, assert_claim: Callable[[Verdict], None]
+    attribution_model: Workbench, attribution_category: str, assert_claim: Callable[[Verdict], None]
 ) -> None:
     """By the paper's selection rule: the answer in the top 10 and above every other word of its type."""
-    bench = attribution_model
+    bench, category = attribution_model, attribution_category
     claim = Claim(
         id=f"knows {category}",
         sentence=f"{category} prompts pass the selection rule",
         source="the paper's selection rule",
         effect="share of prompts that pass, minus the share that pass with another fact's answer",
         test="above",
-        threshold=registry()[bench.model.name].known_share,
+        threshold=bench.entry.known_share,
         control="the same prompts with the answer of another fact of the category",
         # About a model; what methods are compared by is in test_faithfulness.
         gated=False,

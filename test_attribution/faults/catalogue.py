@@ -468,7 +468,7 @@ TOKENS = (
     ),
     _fault(
         "the answer loses its space",
-        "tokens:answer_token",
+        "tokens:answer_tokens",
         "tokenizer.encode(prompt + answer)",
         "tokenizer.encode(prompt + answer.strip())",
         KNOWN,
@@ -574,13 +574,13 @@ MEASURING = (
         VALUE,
     ),
     _fault("MRR is the mean rank", "metrics:measure_each", "Outcome(rank, 1 / rank,", "Outcome(rank, rank,", VALUE),
-    _fault("the selection rule forgets the top 10", "metrics:outranks_rivals", ".rank > 10", ".rank > 100", METRICS),
-    _fault("the selection rule forgets the rivals", "metrics:outranks_rivals", "not rivals or", "True or", KNOWN),
+    _fault("the selection rule forgets the top 10", "metrics:selection_outcome", ".rank > 10", ".rank > 100", METRICS),
+    _fault("the selection rule forgets the rivals", "metrics:selection_outcome", "not rivals or", "True or", KNOWN),
     _fault(
         "known prompts are not filtered",
         "evaluation:known_prompts",
-        "if outranks_rivals(logits, questions[row].answer_id, rivals[prompts[row].category]):",
-        "if True:",
+        "if fate is SelectionOutcome.KEPT",
+        "if True",
         KNOWN,
     ),
     _fault(
