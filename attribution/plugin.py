@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from attribution.registry import Entry, entry_of, registry
 if TYPE_CHECKING:
     from attribution.baselines import Baseline, ModelFacts
     from attribution.claims import Verdict
+    from attribution.exhibits import Exhibit
     from attribution.knowledge import Knowledge
     from attribution.workbench import Workbench
 
@@ -41,6 +43,8 @@ CLAIM_MARKERS = {
 }
 _VERDICT = "attribution_verdict"
 _MEASURED = "attribution_measured"
+_EXHIBIT = "attribution_exhibit"
+_RECORDED = pytest.StashKey[set[tuple[str, object]]]()
 _FACTS = pytest.StashKey[dict[str, "ModelFacts"]]()
 _OWN_PROMPTS: pytest.StashKey[Knowledge] = pytest.StashKey()
 
@@ -70,6 +74,7 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 
 SAVE, COMPARE = "--attribution-save", "--attribution-compare"
+REPORT = "--attribution-report"
 
 
 def _number(text: str) -> int:
@@ -136,6 +141,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="what a run may differ in from its baseline, separated by commas: dtype, device",
     )
+    group.addoption(
+        REPORT,
+        metavar="DIR",
+        default=None,
+        help="write a page, a Markdown summary, CSV and JSON of what this run measures to a folder; write "
+        "--attribution-report=DIR, with the equals sign",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -156,6 +168,9 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker, meaning in CLAIM_MARKERS.items():
         config.addinivalue_line("markers", f"{marker}: {meaning}")
     config.pluginmanager.register(_VerdictTable(), "attribution-verdict-table")
+    # As with the gate below: workers report to the one process that writes.
+    if config.getoption(REPORT) is not None and not hasattr(config, "workerinput") and not config.option.collectonly:
+        config.pluginmanager.register(_Report(config.getoption(REPORT)), "attribution-report")
     file: str | None = config.getoption("--prompts")
     if file is not None:
         from attribution.prompt_files import load_prompts
@@ -361,6 +376,26 @@ def _record_for_the_gate(
     record_property(_MEASURED, {"record": record_of(verdict), "facts": asdict(facts)})
 
 
+@pytest.fixture
+def attribution_exhibit(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Callable[[Workbench, Callable[[Workbench], Exhibit]], None]:
+    """Return a function that measures an exhibit and records it for the report, once for each model.
+
+    Without a report it does nothing.
+    """
+    config = request.config
+    recorded = config.stash.setdefault(_RECORDED, set())
+
+    def record(bench: Workbench, measure: Callable[[Workbench], Exhibit]) -> None:
+        which = bench.model.name, measure
+        if config.getoption(REPORT) is not None and which not in recorded:
+            recorded.add(which)
+            record_property(_EXHIBIT, asdict(measure(bench)))
+
+    return record
+
+
 class _VerdictTable:
     """Collects verdicts from the reports of tests, in the order they come in, and prints them at the end."""
 
@@ -378,6 +413,58 @@ class _VerdictTable:
 
         terminalreporter.section("attribution: claims and verdicts")
         terminalreporter.write_line(verdict_table(self._rows))
+
+
+class _Report:
+    """Gathers verdicts and exhibits from the reports of tests; writes them as a page at the end."""
+
+    def __init__(self, folder: str) -> None:
+        self._shown = Path(folder)
+        # A test may change the working directory.
+        self._folder = self._shown.absolute()
+        try:
+            if not folder:
+                raise FileNotFoundError("no folder is named")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # One that exists may still take no files.
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise pytest.UsageError(f"{REPORT}={folder} cannot be written ({error}); name a folder that can.") from None
+        self._rows: list[dict[str, str]] = []
+        self._exhibits: dict[tuple[str, str], Exhibit] = {}
+        self._line = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        from attribution.exhibits import Exhibit
+
+        if report.when != "call":
+            return
+        for name, value in report.user_properties:
+            if name == _VERDICT:
+                self._rows.append(value)  # type: ignore[arg-type]
+            elif name == _EXHIBIT:
+                exhibit = Exhibit.of_json(value)  # type: ignore[arg-type]
+                # Each worker that came to it sent one.
+                self._exhibits.setdefault((exhibit.name, exhibit.model), exhibit)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        from attribution.report_page import run_header, write_report
+
+        exhibits = list(self._exhibits.values())
+        try:
+            write_report(self._folder, self._rows, exhibits, run_header(self._rows, exhibits))
+        except OSError as error:
+            self._line = f"report: not written ({error})"
+            if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        else:
+            self._line = f"report: {self._shown / 'index.html'}"
+
+    # Below the tables, where it is seen.
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        terminalreporter.write_line(self._line)
 
 
 class _Gate:

@@ -31,6 +31,8 @@ class Entry:
         value_neurons_reason: Why that many.
         known_share: How much larger than its control the share of known prompts of each category must be, 0 to 1.
         known_share_reason: Why that much.
+        knowledge: Families of claims about where the model keeps knowledge that are asserted for it; the others are
+            measured and reported.
         not_supported: Claims that do not hold for this model, by id, with the verdict that was measured. Such a test
             is an expected failure, and a real one as soon as the verdict is another.
     """
@@ -42,6 +44,7 @@ class Entry:
     value_neurons_reason: str
     known_share: float
     known_share_reason: str
+    knowledge: tuple[str, ...] = ()
     not_supported: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -60,7 +60,7 @@ class Workbench:
         entry = entry_of(self.model.name)
         if self.knowledge.bundled:
             return entry
-        return replace(entry, known_share=0.0, known_share_reason=OWN_PROMPTS, not_supported={})
+        return replace(entry, known_share=0.0, known_share_reason=OWN_PROMPTS, knowledge=(), not_supported={})
 
     @cached_property
     def known(self) -> list[Prompt]:

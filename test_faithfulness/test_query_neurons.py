@@ -6,20 +6,28 @@ from collections.abc import Callable
 
 import pytest
 
+from attribution.atlas import ablated
 from attribution.claims import Verdict
+from attribution.exhibits import Exhibit
 from attribution.metrics import METRICS
 from attribution.suite import query_neurons
 from attribution.suite.value_neurons import SEEDS
 from attribution.workbench import Workbench
 
 Check = Callable[[Verdict], None]
+Show = Callable[[Workbench, Callable[[Workbench], Exhibit]], None]
 
 
 @pytest.mark.deletion
 @pytest.mark.parametrize("metric", METRICS)
 def test_zeroing_query_neurons_hurts_more_than_zeroing_random_ones(
-    attribution_model: Workbench, attribution_method: str, metric: str, assert_claim: Check
+    attribution_model: Workbench,
+    attribution_method: str,
+    metric: str,
+    assert_claim: Check,
+    attribution_exhibit: Show,
 ) -> None:
+    attribution_exhibit(attribution_model, ablated.by_query_neurons)
     assert_claim(query_neurons.query_neurons_beat_random_ones(attribution_model, attribution_method, metric))
 
 

@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
+from attribution.atlas import ablated
 from attribution.claims import Verdict
+from attribution.exhibits import Exhibit
 from attribution.suite import specificity
 from attribution.workbench import Workbench
 
 Check = Callable[[Verdict], None]
+Show = Callable[[Workbench, Callable[[Workbench], Exhibit]], None]
 
 
 @pytest.mark.specificity
@@ -32,8 +35,13 @@ def test_zeroing_a_facts_neurons_leaves_unrelated_facts_alone(
 @pytest.mark.specificity
 @pytest.mark.parametrize("metric", specificity.HEAD_METRICS)
 def test_zeroing_the_heads_of_a_category_hurts_it_more_than_zeroing_unrelated_ones(
-    attribution_model: Workbench, attribution_method: str, metric: str, assert_claim: Check
+    attribution_model: Workbench,
+    attribution_method: str,
+    metric: str,
+    assert_claim: Check,
+    attribution_exhibit: Show,
 ) -> None:
+    attribution_exhibit(attribution_model, ablated.by_heads)
     assert_claim(specificity.heads_hurt_their_category_most(attribution_model, attribution_method, metric))
 
 

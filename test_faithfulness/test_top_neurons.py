@@ -6,21 +6,30 @@ from collections.abc import Callable
 
 import pytest
 
+from attribution.atlas import ablated
 from attribution.claims import Verdict
+from attribution.exhibits import Exhibit
 from attribution.metrics import METRICS
 from attribution.suite import top_neurons
 from attribution.suite.common import BASELINES, OTHER_KINDS, RIVALS
 from attribution.workbench import Workbench
 
 Check = Callable[[Verdict], None]
+Show = Callable[[Workbench, Callable[[Workbench], Exhibit]], None]
 
 
 @pytest.mark.superiority
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_zeroing_the_top_10_hurts_more_than_a_baselines_top_10(
-    attribution_model: Workbench, attribution_method: str, baseline: str, metric: str, assert_claim: Check
+    attribution_model: Workbench,
+    attribution_method: str,
+    baseline: str,
+    metric: str,
+    assert_claim: Check,
+    attribution_exhibit: Show,
 ) -> None:
+    attribution_exhibit(attribution_model, ablated.by_method)
     assert_claim(top_neurons.beats_a_baseline(attribution_model, attribution_method, baseline, metric))
 
 

@@ -6,19 +6,27 @@ from collections.abc import Callable
 
 import pytest
 
+from attribution.atlas import ablated
 from attribution.claims import Verdict
+from attribution.exhibits import Exhibit
 from attribution.suite import value_neurons
 from attribution.suite.common import OTHER_KINDS
 from attribution.workbench import Workbench
 
 Check = Callable[[Verdict], None]
+Show = Callable[[Workbench, Callable[[Workbench], Exhibit]], None]
 
 
 @pytest.mark.deletion
 @pytest.mark.parametrize("metric", value_neurons.CUTS)
 def test_zeroing_value_neurons_removes_the_answer(
-    attribution_model: Workbench, attribution_method: str, metric: str, assert_claim: Check
+    attribution_model: Workbench,
+    attribution_method: str,
+    metric: str,
+    assert_claim: Check,
+    attribution_exhibit: Show,
 ) -> None:
+    attribution_exhibit(attribution_model, ablated.by_value_neurons)
     assert_claim(value_neurons.value_neurons_cut(attribution_model, attribution_method, metric))
 
 

@@ -21,6 +21,7 @@ from attribution.workbench import Workbench
 
 __all__ = [
     "PAPER_CUTS",
+    "left_without_query_neurons",
     "query_budget",
     "query_neurons_beat_random_ones",
     "query_neurons_beat_those_of_the_same_layers",
@@ -83,7 +84,7 @@ def _of_the_same_layers(bench: Workbench, chosen: list[list[FFNNeuron]], seed: i
     return drawn
 
 
-def _left(bench: Workbench, method: str) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
+def left_without_query_neurons(bench: Workbench, method: str) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
     """Return what is left of each metric on each prompt without its query neurons, and without others like them."""
 
     def measured() -> dict[str, dict[str, npt.NDArray[np.float64]]]:
@@ -141,7 +142,7 @@ def query_neurons_beat_random_ones(bench: Workbench, method: str, metric: str, s
     )
     if "attention" not in budget_of(bench, method):
         return not_applicable(bench, claim, _NO_VALUE_NEURONS)
-    effects = _left_by_random(bench, seed, metric) - _left(bench, method)["query"][metric]
+    effects = _left_by_random(bench, seed, metric) - left_without_query_neurons(bench, method)["query"][metric]
     return _judged(bench, claim, effects, seed=seed)
 
 
@@ -164,7 +165,7 @@ def query_neurons_beat_those_of_the_same_layers(bench: Workbench, method: str, m
     )
     if "attention" not in budget_of(bench, method):
         return not_applicable(bench, claim, _NO_VALUE_NEURONS)
-    left = _left(bench, method)
+    left = left_without_query_neurons(bench, method)
     return _judged(bench, claim, left["same layers"][metric] - left["query"][metric], seed=0)
 
 
@@ -191,7 +192,7 @@ def query_neurons_cut(bench: Workbench, method: str, metric: str) -> Verdict:
         return not_applicable(bench, claim, _NO_VALUE_NEURONS)
     before = bench.before[metric][bench.part(MIN_PROMPTS)]
     note = f"the paper's 1,000 query neurons cut {least:.0%} to {most:.0%}"
-    return _judged(bench, claim, before - _left(bench, method)["query"][metric], before, note=note)
+    return _judged(bench, claim, before - left_without_query_neurons(bench, method)["query"][metric], before, note=note)
 
 
 def random_ffn_neurons_have_no_effect(bench: Workbench, method: str, seed: int, metric: str) -> Verdict:

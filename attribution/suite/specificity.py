@@ -27,13 +27,16 @@ from attribution.workbench import Workbench
 
 __all__ = [
     "HEAD_METRICS",
+    "HeadsLeft",
     "PAPER_HEADS",
+    "RELATED",
     "SETS",
     "VALUE_SETS",
     "are_related",
     "chosen_heads",
     "heads_hurt_their_category_most",
     "heads_of_related_categories_hurt_more",
+    "left_without_heads",
     "neurons_hurt_their_fact_most",
     "strangers",
     "unrelated_facts_stay",
@@ -50,7 +53,9 @@ HEAD_METRICS = ("mrr", "logp")
 PAPER_HEADS = {"mrr": ("33 to 45%", "4 to 9%"), "prob": ("48 to 53%", "9 to 10%")}
 """Means of the paper's Table 11 for its two models: the cut of a category's own metric, and of an unrelated one's."""
 
-_RELATED = frozenset({"language", "capital", "country"})
+RELATED = frozenset({"language", "capital", "country"})
+"""Categories that are called related."""
+
 _K = 10
 _HEAD_SHARE = 0.01
 _SEED = 0
@@ -61,7 +66,7 @@ _MIN_PAIRED = 200
 
 def are_related(one: str, other: str) -> bool:
     """Say whether two categories are the same or related."""
-    return one == other or {one, other} <= _RELATED
+    return one == other or {one, other} <= RELATED
 
 
 def strangers(categories: Sequence[str], seed: int = _SEED) -> dict[int, int]:
@@ -79,7 +84,7 @@ def strangers(categories: Sequence[str], seed: int = _SEED) -> dict[int, int]:
     """
     groups: dict[str, list[int]] = {}
     for place, category in enumerate(categories):
-        groups.setdefault("related" if category in _RELATED else category, []).append(place)
+        groups.setdefault("related" if category in RELATED else category, []).append(place)
     rng = np.random.default_rng(seed)
     drawn: list[list[int]] = sorted((rng.permutation(group).tolist() for group in groups.values()), key=len)
     if len(drawn) < 2:
@@ -233,19 +238,22 @@ def chosen_heads(
 
 
 @dataclass(frozen=True)
-class _HeadsLeft:
+class HeadsLeft:
     """What is left on each prompt without heads of its own category, of a related, or of an unrelated one.
 
     Attributes:
         places: The prompts.
         left: ``"own"``, ``"related"`` and ``"unrelated"``, each metric to its mean over such categories, (prompts,).
         has_related: Which prompts have a related category, (prompts,); 0 is left of the others.
+        by_category: Each category to what is left of each metric without its heads, (prompts,); NaN where a prompt's
+            half chose none.
         distinct: How many different sets of heads were chosen, by both halves of all categories.
     """
 
     places: npt.NDArray[np.intp]
     left: dict[str, dict[str, npt.NDArray[np.float64]]]
     has_related: npt.NDArray[np.bool_]
+    by_category: dict[str, dict[str, npt.NDArray[np.float64]]]
     distinct: int
 
 
@@ -263,8 +271,12 @@ def _head_scores(bench: Workbench, method: str, places: Sequence[int]) -> npt.ND
     return scores
 
 
-def _heads_left(bench: Workbench, method: str) -> _HeadsLeft:
-    """Zero the heads of every category in every prompt."""
+def left_without_heads(bench: Workbench, method: str) -> HeadsLeft:
+    """Return what is left when the heads of every category are zeroed in every prompt; measured once."""
+    return bench.once(("heads", method), lambda: _measure_heads(bench, method))
+
+
+def _measure_heads(bench: Workbench, method: str) -> HeadsLeft:
     places, anatomy = bench.part(MIN_PROMPTS), bench.model.anatomy
     categories = [bench.prompts[place].category for place in places]
     number = max(1, round(_HEAD_SHARE * anatomy.layers * anatomy.heads))
@@ -282,12 +294,19 @@ def _heads_left(bench: Workbench, method: str) -> _HeadsLeft:
             metric: np.bincount(rows[of_kind], values[of_kind], len(places)) / np.maximum(counts[kind], 1)
             for metric, values in after.items()
         }
+    by_category: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
+    names = np.array([name for _, name in jobs], dtype=str)
+    for name in dict.fromkeys(names.tolist()):
+        by_category[name] = {metric: np.full(len(places), np.nan) for metric in after}
+        for metric, values in after.items():
+            by_category[name][metric][rows[names == name]] = values[names == name]
     # A category of one fact has no heads, and where all categories are related none is unrelated.
     kept = (counts["own"] > 0) & (counts["unrelated"] > 0)
-    return _HeadsLeft(
+    return HeadsLeft(
         np.array(places, dtype=np.intp)[kept],
         {kind: {metric: values[kept] for metric, values in metrics.items()} for kind, metrics in left.items()},
         counts["related"][kept] > 0,
+        {name: {metric: each[kept] for metric, each in metrics.items()} for name, metrics in by_category.items()},
         len({frozenset(each) for each in heads}),
     )
 
@@ -315,7 +334,7 @@ def heads_hurt_their_category_most(bench: Workbench, method: str, metric: str) -
     )
     if "head" not in METHODS[method].units:
         return not_applicable(bench, claim, "the method does not score heads")
-    found = bench.once(("heads", method), lambda: _heads_left(bench, method))
+    found = left_without_heads(bench, method)
     effects = found.left["unrelated"][metric] - found.left["own"][metric]
     return bench.judge(claim, effects, places=found.places.tolist(), seed=_SEED)
 
@@ -341,7 +360,7 @@ def heads_of_related_categories_hurt_more(bench: Workbench, method: str, metric:
     )
     if "head" not in METHODS[method].units:
         return not_applicable(bench, claim, "the method does not score heads")
-    found = bench.once(("heads", method), lambda: _heads_left(bench, method))
+    found = left_without_heads(bench, method)
     having = found.has_related
     effects = (found.left["unrelated"][metric] - found.left["related"][metric])[having]
     before = bench.before[metric][found.places]

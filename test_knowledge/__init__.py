@@ -1,0 +1,1 @@
+"""Claims about models, as tests; installed as ``attribution.test_knowledge``."""
