@@ -6,18 +6,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attribution.errors import AttributionError
+from attribution.errors import AttributionError, BadInputError
 from attribution.prompts_cli import add_commands
 
+if TYPE_CHECKING:
+    from attribution.model import Model
+
 __all__ = ["main"]
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 if something is wrong with what it was asked about."""
     parser = argparse.ArgumentParser(prog="python -m attribution", description="Claims about single neurons.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_explain(commands)
+    _add_models(commands)
+    _add_methods(commands)
+    _add_preflight(commands)
     _add_baselines(commands)
     add_commands(commands)
     options = parser.parse_args(arguments)
@@ -27,6 +36,129 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return status
+
+
+def _add_explain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="explain one prompt: its layers, heads and neurons",
+        description="Print the model's predictions, what layers, heads and neurons add to log p of an answer, what "
+        "wakes those neurons, and what zeroing them does. Scores are in nats.",
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="a text that ends right before its answer")
+    parser.add_argument(
+        "answer",
+        nargs="?",
+        metavar="ANSWER",
+        help="one token with its leading space, such as ' Paris'; the model's own first prediction when left out",
+    )
+    parser.add_argument(
+        "--model", default="bundled:gpt2", metavar="MODEL", help="a known name, a hub id or a folder (%(default)s)"
+    )
+    parser.add_argument(
+        "-k", type=int, default=10, metavar="N", help="how many neurons of each kind to name and to zero (%(default)s)"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with figures as well")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
+    _add_loading(parser)
+    parser.set_defaults(run=_explain)
+
+
+def _add_models(commands: Any) -> None:
+    parser = commands.add_parser("models", help="list the models known by name")
+    parser.set_defaults(run=_list_models)
+
+
+def _add_methods(commands: Any) -> None:
+    parser = commands.add_parser("methods", help="list the attribution methods and what they cost")
+    parser.set_defaults(run=_list_methods)
+
+
+def _add_preflight(commands: Any) -> None:
+    parser = commands.add_parser("preflight", help="check the identities that attribution rests on, on one model")
+    parser.add_argument("model", metavar="MODEL", help="a known name, a hub id or a folder")
+    _add_loading(parser)
+    parser.set_defaults(run=_preflight)
+
+
+def _add_loading(parser: Any) -> None:
+    parser.add_argument("--models-dir", type=Path, metavar="DIR", help="folder of model folders, used before the hub")
+    parser.add_argument("--device", default="cpu", help="where the weights go (%(default)s)")
+    parser.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="type of the weights (%(default)s)")
+
+
+def _load(options: argparse.Namespace) -> Model:
+    import torch
+
+    from attribution.model import load
+
+    dtype = getattr(torch, options.dtype)
+    return load(options.model, device=options.device, dtype=dtype, models_dir=options.models_dir)
+
+
+def _print(text: str) -> None:
+    """Print a text on any terminal: what its encoding lacks is written as an escape."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from attribution.explanation import explain
+    from attribution.explanation_page import render_page
+    from attribution.explanation_text import glyphs_for, render_text
+
+    explanation = explain(_load(options), options.prompt, options.answer, k=options.k)
+    if options.json:
+        print(json.dumps(asdict(explanation), indent=2, allow_nan=False))
+    else:
+        _print(render_text(explanation, glyphs_for(sys.stdout.encoding)))
+    if options.html is not None:
+        try:
+            options.html.write_text(render_page(explanation), encoding="utf-8")
+        except OSError as error:
+            raise BadInputError(
+                f"the page cannot be written to {str(options.html)!r} ({error.strerror}); give a file in a folder "
+                "that exists and can be written to."
+            ) from None
+        # With --json, standard output holds JSON alone.
+        print(f"\nwrote {options.html}", file=sys.stderr if options.json else sys.stdout)
+    return 0
+
+
+def _list_models(_: argparse.Namespace) -> int:
+    from attribution.explanation_text import aligned
+    from attribution.registry import registry
+
+    rows = [(each.name, each.marker, each.source, "yes" if each.bundled else "no") for each in registry().values()]
+    _print("\n".join(aligned([("name", False), ("marker", False), ("source", False), ("bundled", False)], rows)))
+    return 0
+
+
+def _list_methods(_: argparse.Namespace) -> int:
+    from attribution.explanation_text import aligned
+    from attribution.methods import METHODS
+
+    columns = [("name", False), ("units", False), ("forward", False), ("backward", False), ("source", False)]
+    rows = [
+        (each.name, ", ".join(each.units), str(each.forward), str(each.backward), each.source)
+        for each in METHODS.values()
+    ]
+    _print("\n".join(aligned(columns, rows)))
+    return 0
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from attribution.checks import preflight
+
+    model = _load(options)
+    checks = preflight(model)
+    for check in checks:
+        _print(str(check))
+    _print(f"all {len(checks)} identities hold on {model.name}")
+    return 0
 
 
 def _add_baselines(commands: Any) -> None:

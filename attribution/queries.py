@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from math import isfinite
 from typing import TypeAlias, cast, overload
 
@@ -103,12 +104,19 @@ class QueryRanking:
             index=pd.RangeIndex(1, len(self) + 1, name="rank"),
         )
 
-    def __repr__(self) -> str:
+    def _heading(self) -> str:
         return (
             f"QueryRanking of {len(self)} of {self.candidates:,} query FFN neurons for {self.prompt!r} -> "
             f"{self.answer!r}, waking {len(self.value_neurons)} value neurons ({len(self.left_out)} left out, "
-            f"amplification at most {self.amplification:.3g})\n{self.to_frame()}"
+            f"amplification at most {self.amplification:.3g})"
         )
+
+    def __repr__(self) -> str:
+        return f"{self._heading()}\n{self.to_frame()}"
+
+    def _repr_html_(self) -> str:
+        """Return it as notebooks show it."""
+        return f"<p>{escape(self._heading())}</p>\n{self.to_frame().to_html(max_rows=20)}"
 
 
 @dataclass(frozen=True)

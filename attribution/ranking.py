@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import overload
 
 import pandas as pd
@@ -89,11 +90,18 @@ class Ranking:
         frame.index = pd.RangeIndex(1, len(frame) + 1, name="rank")
         return frame
 
-    def __repr__(self) -> str:
+    def _heading(self) -> str:
         return (
             f"Ranking of {len(self)} {NAMES[self.unit]} by {self.method} for {self.prompt!r} -> {self.answer!r}, "
-            f"{self.exact.scored:,} of {self.exact.total:,} scored\n{self.to_frame().to_string(max_rows=20)}"
+            f"{self.exact.scored:,} of {self.exact.total:,} scored"
         )
+
+    def __repr__(self) -> str:
+        return f"{self._heading()}\n{self.to_frame().to_string(max_rows=20)}"
+
+    def _repr_html_(self) -> str:
+        """Return it as notebooks show it."""
+        return f"<p>{escape(self._heading())}</p>\n{self.to_frame().to_html(max_rows=20)}"
 
 
 def _columns(record: Component, unit: Unit) -> dict[str, object]:
