@@ -139,7 +139,7 @@ def _matrix(model: str, rows: Sequence[Row]) -> Markup:
         )
         for row, own in enumerate(heads_of):
             for column, other in enumerate(categories):
-                mrr, prob = (MISSING if cut != cut else f"{100 * cut:.0f}" for cut in cuts.get((own, other), gap))
+                mrr, prob = (MISSING if cut != cut else str(round(100 * cut)) for cut in cuts.get((own, other), gap))
                 axes.text(
                     column + 0.5,
                     row + 0.5,

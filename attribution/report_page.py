@@ -111,12 +111,14 @@ def _counts(rows: Iterable[VerdictRow]) -> list[list[str]]:
     return result
 
 
-def _verdict_tables(rows: Iterable[VerdictRow]) -> list[dict[str, Any]]:
+def _verdict_tables(rows: Sequence[VerdictRow]) -> list[dict[str, Any]]:
     result = []
+    # As in the terminal: where one method is judged, its name says nothing.
+    silent = {"method"} if len({row["method"] for row in rows} - {""}) < 2 else set()
     for model, found in _by_model(rows).items():
         for title, asserted in (("asserted", True), ("reported, not asserted", False)):
             chosen = [row for row in found if bool(row["asserted"]) is asserted]
-            columns = [name for name in _VERDICT_COLUMNS if any(row[name] for row in chosen)]
+            columns = [name for name in _VERDICT_COLUMNS if name not in silent and any(row[name] for row in chosen)]
             if chosen:
                 lines = [([row[name] for name in columns], _status(row)) for row in chosen]
                 result.append({"model": model, "title": title, "columns": columns, "rows": lines})

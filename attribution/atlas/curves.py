@@ -114,7 +114,7 @@ def curve(bench: Workbench) -> Exhibit:
     )
     half = int((frame["prob"] < frame["prob"].iloc[-1] / 2).sum())
     seen = (
-        f"The mean log-probability rises from {frame['logp'].iloc[0]:.1f} to {frame['logp'].iloc[-1]:.1f} nats; the "
+        f"The mean log-probability rises from {frame['logp'].iloc[0]:.2f} to {frame['logp'].iloc[-1]:.2f} nats; the "
         f"mean probability passes half of its end at segment {half} of {_SEGMENTS}."
     )
     return Exhibit.of_frame("figure_3", bench.model.name, frame, seen=seen, prompts=len(curves))
