@@ -12,7 +12,7 @@ import pandas as pd
 from attribution.atlas.survey import Survey, claim_about, depth, survey
 from attribution.claims import Verdict
 from attribution.exhibits import Exhibit
-from attribution.records import Sublayer, Unit
+from attribution.records import Sublayer
 from attribution.suite.specificity import RELATED
 from attribution.workbench import Workbench
 
@@ -166,14 +166,8 @@ def top_heads(bench: Workbench) -> Exhibit:
 
 def _top(bench: Workbench, part: Part) -> Exhibit:
     found = survey(bench)
-    unit: Unit = "layer" if part == "layers" else "head"
-    scores, records = (found.layers, found.records("layer")) if part == "layers" else (found.heads, found.records(unit))
-    rows = []
-    for category in found.named:
-        means = scores[found.of(category)].mean(0)
-        for rank, place in enumerate(np.argsort(-means, kind="stable")[:_TOP_HEADS].tolist(), start=1):
-            rows.append({"category": category, "rank": rank, unit: str(records[place]), "importance": means[place]})
-    frame = pd.DataFrame(rows, columns=["category", "rank", unit, "importance"])
+    unit: Literal["layer", "head"] = "layer" if part == "layers" else "head"
+    frame = found.best(found.layers if part == "layers" else found.heads, unit, "importance")
     first = frame[frame["rank"] == 1].groupby(unit)["category"].apply(lambda names: ", ".join(names)).to_dict()
     seen = f"The first {unit} is " + "; ".join(f"{name} for {names}" for name, names in first.items()) + "."
     name = "table_4" if part == "layers" else "table_10"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from tqdm import tqdm
 
 from attribution.claims import Claim, Extremes
@@ -103,6 +105,24 @@ class Survey:
         if unit == "layer":
             return [Layer(layer, kind) for layer in range(anatomy.layers) for kind in ("attention", "ffn")]
         return [Head(layer, head) for layer in range(anatomy.layers) for head in range(anatomy.heads)]
+
+    def best(
+        self, scores: npt.NDArray[np.float64], unit: Literal["layer", "head"], column: str, number: int = 10
+    ) -> pd.DataFrame:
+        """Return each category's parts of the largest mean score: columns category, rank, the unit, and ``column``.
+
+        Args:
+            scores: One for each prompt and layer or head, (n, parts).
+            unit: What the columns of ``scores`` are, in the order of :meth:`records`.
+            column: What the scores are.
+            number: How many of each category.
+        """
+        rows = []
+        for category in self.named:
+            means = scores[self.of(category)].mean(0)
+            for rank, place in enumerate(np.argsort(-means, kind="stable")[:number].tolist(), start=1):
+                rows.append((category, rank, str(self.records(unit)[place]), means[place]))
+        return pd.DataFrame(rows, columns=["category", "rank", unit, column])
 
     def rank(
         self, unit: Unit, k: int | None, *, method: str = METHOD, answers: list[str] | None = None

@@ -9,7 +9,7 @@ import pandas as pd
 from attribution.atlas.survey import Survey, claim_about, depth, survey
 from attribution.claims import Verdict
 from attribution.exhibits import Exhibit
-from attribution.records import Layer, Sublayer
+from attribution.records import Sublayer
 from attribution.suite.query_neurons import query_budget
 from attribution.workbench import Workbench
 
@@ -21,7 +21,6 @@ __all__ = [
     "query_only_neurons_lie_shallower",
 ]
 
-_LISTED = 10
 _TABLES = {"ffn": "table_6", "attention": "table_14"}
 
 
@@ -75,14 +74,7 @@ def query_layers_of_attention_neurons(bench: Workbench) -> Exhibit:
 
 def _query_layers(bench: Workbench, kind: Sublayer) -> Exhibit:
     found = survey(bench)
-    shares = _shares(found, kind)
-    records = [Layer(layer, each) for layer in range(bench.model.anatomy.layers) for each in ("attention", "ffn")]
-    rows = []
-    for category in found.named:
-        means = shares[found.of(category)].mean(0)
-        for rank, place in enumerate(np.argsort(-means, kind="stable")[:_LISTED].tolist(), start=1):
-            rows.append({"category": category, "rank": rank, "layer": str(records[place]), "share": means[place]})
-    frame = pd.DataFrame(rows, columns=["category", "rank", "layer", "share"])
+    frame = found.best(_shares(found, kind), "layer", "share")
     top = frame[frame["rank"] <= 3]["layer"].value_counts()
     often = ", ".join(f"{name} ({count})" for name, count in top.head(4).items())
     seen = f"Most often among the first three of the {len(found.named)} categories: {often}."

@@ -60,9 +60,9 @@ class _OfPrompt:
 
 def _word_ids(bench: Workbench) -> dict[str, Tensor]:
     """Return the tokens of each category's words, of those that are one token."""
-    found = {}
+    # Any prompt will do: after a space a word is the same token everywhere.
+    text, found = bench.knowledge.prompts[0].text, {}
     for category, words in bench.knowledge.words.items():
-        text = next(prompt.text for prompt in bench.knowledge.prompts if prompt.category == category)
         pieces = [answer_tokens(bench.model.tokenizer, text, f" {word}") for word in words]
         single = sorted({each[0] for each in pieces if len(each) == 1})
         found[category] = torch.tensor(single, dtype=torch.long, device=bench.model.device)
