@@ -19,8 +19,8 @@ from attribution.questions import Question, batches_of
 from attribution.ranking import all_candidates
 from attribution.records import Component, FFNNeuron, Sublayer
 from attribution.selection import top_k
+from attribution.selection_rule import one_token_words
 from attribution.suite.common import METHOD, STEPS
-from attribution.tokens import answer_tokens
 from attribution.workbench import Workbench
 
 __all__ = ["interpretable_neurons", "neurons_raise_words_of_their_category"]
@@ -60,13 +60,12 @@ class _OfPrompt:
 
 def _word_ids(bench: Workbench) -> dict[str, Tensor]:
     """Return the tokens of each category's words, of those that are one token."""
-    # Any prompt will do: after a space a word is the same token everywhere.
-    text, found = bench.knowledge.prompts[0].text, {}
-    for category, words in bench.knowledge.words.items():
-        pieces = [answer_tokens(bench.model.tokenizer, text, f" {word}") for word in words]
-        single = sorted({each[0] for each in pieces if len(each) == 1})
-        found[category] = torch.tensor(single, dtype=torch.long, device=bench.model.device)
-    return found
+    return {
+        category: torch.tensor(
+            sorted(set(one_token_words(bench.model, words).values())), dtype=torch.long, device=bench.model.device
+        )
+        for category, words in bench.knowledge.words.items()
+    }
 
 
 def _raised(candidates: Candidates, index: Tensor, words: Tensor) -> list[_Raised]:
