@@ -890,8 +890,8 @@ SUITE = (
     _fault(
         "query neurons and random ones are swapped",
         "suite.query_neurons:query_neurons_beat_random_ones",
-        '_left_by_random(bench, seed, metric) - _left(bench, method)["query"][metric]',
-        '_left(bench, method)["query"][metric] - _left_by_random(bench, seed, metric)',
+        '_left_by_random(bench, seed, metric) - left_without_query_neurons(bench, method)["query"][metric]',
+        'left_without_query_neurons(bench, method)["query"][metric] - _left_by_random(bench, seed, metric)',
         QUERY_NEURONS,
     ),
     _fault(
