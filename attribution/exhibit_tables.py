@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -172,10 +171,7 @@ def _published(name: str, model: str) -> list[dict[str, Cell]]:
 
 
 def _written(value: Cell, form: _Format | None) -> str:
-    if value is None or form is None:
-        return MISSING if value is None else str(value)
-    # A zero that rounding made has no sign.
-    return re.sub(r"^-(?=[0.]+$)", "", form(value))
+    return MISSING if value is None else str(value) if form is None else form(value)
 
 
 def _printed(value: Cell, form: _Format | None) -> str:
