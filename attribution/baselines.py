@@ -47,8 +47,8 @@ DIGITS = 6
 
 Key: TypeAlias = tuple[str, str, str]
 
-# Whether a claim takes part is not a part of what it says.
-_STORED = {name: kind for name, kind in get_type_hints(Claim).items() if name != "gated"}
+# Whether a claim takes part, and on which models it is binding, is not a part of what it says.
+_STORED = {name: kind for name, kind in get_type_hints(Claim).items() if name not in ("gated", "family")}
 # A citation defines nothing: all that is left of a claim does.
 DEFINING = tuple(name for name in _STORED if name != "source")
 _NUMBERS = ("effect", "low", "high")

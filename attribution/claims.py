@@ -90,6 +90,8 @@ class Claim:
             without such limits and of two arms that are the same if the claim is false, as bad and as good as any
             that was ``"seen"``.
         asserted: Whether a test fails unless the claim is supported; the others are measured and reported.
+        family: The family, of :data:`attribution.registry.FAMILIES`, by which the registry says whether the claim is
+            asserted on a model; one without a family is asserted on every model.
         gated: Whether the claim belongs to the baseline that a change is compared with.
         version: Raised whenever what is measured changes although no other field does.
     """
@@ -106,6 +108,7 @@ class Claim:
     comparisons: int = 1
     extremes: Extremes = "seen"
     asserted: bool = True
+    family: str = ""
     gated: bool = True
     version: int = 1
 

@@ -15,7 +15,7 @@ from attribution.anatomy import Anatomy, read_anatomy
 from attribution.errors import AttributionError, BadInputError, ModelError
 from attribution.families import family_of
 from attribution.records import NEURON_UNITS, Unit
-from attribution.registry import BUNDLED, registry
+from attribution.registry import BUNDLED, entry_of, registry
 from attribution.trace import open_network
 from attribution.vectors import VectorTable
 
@@ -43,6 +43,10 @@ class Model:
         """Where the weights are."""
         return self.anatomy.readout.unembedding.device
 
+    def described(self) -> str:
+        """Return in words what was loaded."""
+        return f"{self.name}: {str(self.anatomy.readout.unembedding.dtype).removeprefix('torch.')} on {self.device}"
+
     @cached_property
     def _tables(self) -> dict[Unit, VectorTable]:
         return {unit: VectorTable.of(unit, self.anatomy) for unit in NEURON_UNITS}
@@ -55,11 +59,12 @@ class Model:
 def load(
     name: str,
     *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     remote: bool = False,
     models_dir: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
 ) -> Model:
     """Load a model.
 
@@ -82,6 +87,9 @@ def load(
     if not isinstance(name, str) or not name.strip():
         raise BadInputError(f"model name {name!r} is not a name; use {', '.join(registry())} or a folder.")
     source = _find(name, models_dir)
+    device = device or "cpu"
+    dtype = dtype or entry_of(name).dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         family_of(config, name)

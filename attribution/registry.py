@@ -1,12 +1,16 @@
-"""Models known by name, read from one file that a person can edit."""
+"""Models known by name: those of one file that a person can read, and those that a pyproject.toml declares."""
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from attribution.errors import BadInputError
 from attribution.resources import fixtures_folder
 
 if sys.version_info >= (3, 11):
@@ -14,9 +18,40 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["BUNDLED", "Entry", "entry_of", "registry"]
+__all__ = ["BUNDLED", "FAMILIES", "KNOWLEDGE_FAMILIES", "METHOD_FAMILIES", "Entry", "declare", "entry_of", "registry"]
 
 BUNDLED = "bundled:"
+
+METHOD_FAMILIES = (
+    "superiority",
+    "deletion",
+    "equivalence",
+    "specificity",
+    "prediction",
+    "sufficiency",
+    "sanity",
+    "planted",
+)
+"""Families of claims about a method on a model, called as their pytest markers."""
+
+KNOWLEDGE_FAMILIES = (
+    "known facts",
+    "layers",
+    "depth of layers",
+    "shared parts",
+    "sums of neurons",
+    "shared neurons",
+    "words",
+    "depth of neurons",
+    "query layers",
+    "query neurons",
+    "curves",
+)
+"""Families of claims about where a model keeps knowledge."""
+
+FAMILIES = METHOD_FAMILIES + KNOWLEDGE_FAMILIES
+
+_STATUSES = ("refuted", "inconclusive")
 
 
 @dataclass(frozen=True)
@@ -26,13 +61,15 @@ class Entry:
     Attributes:
         name: What users call it.
         marker: The pytest marker that selects it; empty for a model that the registry does not know.
-        source: Folder beside the registry for bundled models, hub id for the others.
+        source: Folder beside the registry for bundled models; hub id or folder for the others.
+        revision: The commit of the hub that is loaded; empty for its newest one, and for folders.
+        dtype: Type of the weights.
         value_neurons: How many value neurons of each unit the deletion claim ablates together.
         value_neurons_reason: Why that many.
         known_share: How much larger than its control the share of known prompts of each category must be, 0 to 1.
         known_share_reason: Why that much.
-        knowledge: Families of claims about where the model keeps knowledge that are asserted for it; the others are
-            measured and reported.
+        asserted: Families of claims that have to be supported on the model, with where it was found that they are; the
+            others are measured and reported.
         not_supported: Claims that do not hold for this model, by id, with the verdict that was measured. Such a test
             is an expected failure, and a real one as soon as the verdict is another.
     """
@@ -40,17 +77,24 @@ class Entry:
     name: str
     marker: str
     source: str
-    value_neurons: dict[str, int]
-    value_neurons_reason: str
-    known_share: float
-    known_share_reason: str
-    knowledge: tuple[str, ...] = ()
+    revision: str = ""
+    dtype: str = "float32"
+    value_neurons: dict[str, int] = field(default_factory=lambda: {"attention": 200, "ffn": 100})
+    value_neurons_reason: str = "the paper's Table 13"
+    known_share: float = 0.0
+    known_share_reason: str = "no figure is known: only more than with swapped answers"
+    asserted: dict[str, str] = field(default_factory=dict)
     not_supported: dict[str, str] = field(default_factory=dict)
 
     @property
     def bundled(self) -> bool:
-        """Whether the model comes with the package and needs no network."""
+        """Whether the model comes with the package."""
         return self.name.startswith(BUNDLED)
+
+    @property
+    def local(self) -> bool:
+        """Whether the model needs no network: it is bundled, or a folder."""
+        return self.bundled or Path(self.source).is_dir()
 
     @property
     def folder(self) -> Path:
@@ -58,22 +102,101 @@ class Entry:
         return fixtures_folder("models") / self.source
 
 
+_DECLARED: dict[str, Entry] = {}
+
+
 @cache
-def registry() -> dict[str, Entry]:
-    """Return every model known by name, in file order."""
+def _shipped() -> dict[str, Entry]:
     path = fixtures_folder("models") / "registry.toml"
-    entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {name: Entry(name=name, **fields) for name, fields in entries.items()}
+    return _entries(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def registry() -> dict[str, Entry]:
+    """Return every model known by name: those of the file, in its order, and those that were declared."""
+    return {**_shipped(), **_DECLARED}
 
 
 def entry_of(name: str) -> Entry:
     """Return the entry of a model; of one that the registry does not know, an entry with the paper's budget."""
-    return registry().get(name) or Entry(
-        name=name,
-        marker="",
-        source=name,
-        value_neurons={"attention": 200, "ffn": 100},
-        value_neurons_reason="the paper's Table 13",
-        known_share=0.0,
-        known_share_reason="nothing is known of the model: only more than with swapped answers",
-    )
+    return registry().get(name) or Entry(name=name, marker="", source=name)
+
+
+def declare(file: Path) -> list[str]:
+    """Make the models known that ``[tool.attribution.models]`` of a pyproject.toml names, instead of earlier ones.
+
+    Each is a table with the fields of the registry; ``source``, a hub id or a folder relative to the file, is the only
+    one that has to be there.
+
+    Returns:
+        Their names.
+
+    Raises:
+        BadInputError: If the file is no TOML, or says of a model what cannot be meant.
+    """
+    try:
+        tool = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInputError(f"{file} cannot be read ({error}); it must be TOML.") from None
+    settings = tool.get("attribution", {})
+    if not isinstance(settings, dict) or settings.keys() - {"models"}:
+        raise BadInputError(
+            f"{file}: [tool.attribution] holds {_listed(settings)}; use only [tool.attribution.models.NAME]."
+        )
+    tables = settings.get("models", {})
+    where = f"{file}: [tool.attribution.models]"
+    if not isinstance(tables, dict):
+        raise BadInputError(f"{where} is {tables!r}; give a table for each model, [tool.attribution.models.NAME].")
+    entries = _entries(tables, where)
+    for name, entry in entries.items():
+        if name in _shipped() or name.startswith(BUNDLED):
+            raise BadInputError(f"{where}: {name!r} is a name that comes with the package; choose another.")
+        folder = (file.parent / entry.source).resolve()
+        marker = entry.marker or re.sub(r"\W", "_", name)
+        entries[name] = replace(entry, marker=marker, source=str(folder) if folder.is_dir() else entry.source)
+    _DECLARED.clear()
+    _DECLARED.update(entries)
+    return list(entries)
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(repr, value)) if isinstance(value, dict) else repr(value)
+
+
+def _entries(tables: Mapping[str, Any], where: str) -> dict[str, Entry]:
+    return {name: _entry(name, table, f"{where}: {name!r}") for name, table in tables.items()}
+
+
+def _entry(name: str, table: Any, where: str) -> Entry:
+    """Return a model's entry, once each of its fields is what it has to be."""
+    known = {each.name: each for each in fields(Entry) if each.name != "name"}
+    if not isinstance(table, dict) or table.keys() - known.keys():
+        unknown = table.keys() - known.keys() if isinstance(table, dict) else table
+        raise BadInputError(f"{where} holds {unknown!r}; use {', '.join(known)}.")
+    if not isinstance(table.get("source"), str) or not table["source"].strip():
+        raise BadInputError(f"{where} has no source; give a hub id or a folder, source = '...'.")
+    # Each field has a default, or is a text.
+    given = Entry(**{"name": name, "marker": "", **table})
+    defaults = Entry(name, "", "")
+    for each in known:
+        value, wanted = getattr(given, each), type(getattr(defaults, each))
+        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
+            raise BadInputError(f"{where}: {each} is {value!r}; give a {_WORDS[wanted]}.")
+    if given.marker and not given.marker.isidentifier():
+        raise BadInputError(f"{where}: marker is {given.marker!r}; give letters, digits and underscores.")
+    for family in given.asserted:
+        if family not in FAMILIES:
+            raise BadInputError(f"{where}: asserted names {family!r}; use some of {', '.join(FAMILIES)}.")
+    for claim, status in given.not_supported.items():
+        if status not in _STATUSES:
+            raise BadInputError(f"{where}: not_supported[{claim!r}] is {status!r}; use {' or '.join(_STATUSES)}.")
+    for unit, number in given.value_neurons.items():
+        if unit not in ("attention", "ffn") or not isinstance(number, int) or number < 1:
+            raise BadInputError(
+                f"{where}: value_neurons holds {unit} = {number!r}; give attention and ffn, each 1 or more."
+            )
+    if not 0 <= given.known_share < 1:
+        raise BadInputError(f"{where}: known_share is {given.known_share}; give a share from 0 to below 1.")
+    return given
+
+
+_WORDS = {str: "text", float: "number", dict: "table"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from attribution.claims import Verdict
@@ -25,9 +26,16 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1000 or 0 < abs(value) < 0.001 else f"{value:.3f}"
 
 
-def verdict_row(verdict: Verdict, recorded: str | None = None) -> dict[str, str]:
-    """Return a verdict as one row of text, by column; ``recorded`` is the verdict that the registry expects."""
+def verdict_row(verdict: Verdict, recorded: str | None = None, *, asserted: bool | None = None) -> dict[str, str]:
+    """Return a verdict as one row of text, by column.
+
+    Args:
+        verdict: The verdict.
+        recorded: The verdict that the registry expects.
+        asserted: Whether the claim was binding in this run; what the claim itself says when ``None``.
+    """
     exact = verdict.claim.test == "at_most"
+    binding = verdict.claim.asserted if asserted is None else asserted
     interval = f"<= {verdict.claim.threshold:g}" if exact else f"{_number(verdict.low)} .. {_number(verdict.high)}"
     return {
         "model": verdict.model,
@@ -38,7 +46,8 @@ def verdict_row(verdict: Verdict, recorded: str | None = None) -> dict[str, str]
         "n": str(verdict.n),
         "verdict": verdict.status.value + (", as recorded" if recorded == verdict.status.value else ""),
         "note": verdict.note,
-        "asserted": "yes" if verdict.claim.asserted else "",
+        "asserted": "yes" if binding else "",
+        "waived": "yes" if verdict.claim.asserted and not binding else "",
     }
 
 
@@ -70,4 +79,9 @@ def verdict_table(rows: Sequence[dict[str, str]]) -> str:
     counts = [f"{sum(row['verdict'].startswith(status) for row in asserted)} {status}" for status in _STATUSES]
     if reported:
         counts.append(f"{len(reported)} reported")
-    return "\n".join([*lines, ", ".join(counts)])
+    waived = Counter(row["model"] for row in ordered if row["waived"])
+    notes = [
+        f"{number} claims were not binding on {model}; --attribution-assert makes them so"
+        for model, number in waived.items()
+    ]
+    return "\n".join([*lines, ", ".join(counts), *notes])

@@ -187,7 +187,7 @@ def _summary(rows: Sequence[VerdictRow], exhibits: Sequence[Exhibit], header: Ma
 
 def _write_csv(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer = csv.DictWriter(file, list(columns), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -198,13 +198,21 @@ def _ordered(exhibits: Iterable[Exhibit]) -> list[Exhibit]:
     return sorted(exhibits, key=lambda each: (places.get(each.name, len(places)), each.name, each.model))
 
 
-def run_header(rows: Iterable[VerdictRow], exhibits: Iterable[Exhibit]) -> dict[str, str]:
-    """Return what a reader has to know of a run: when, on which models, with which versions."""
+def run_header(
+    rows: Iterable[VerdictRow], exhibits: Iterable[Exhibit], loaded: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return what a reader has to know of a run: when, on which models, with which versions.
+
+    Args:
+        rows: Verdicts.
+        exhibits: Tables and figures.
+        loaded: What was loaded, in words, by the model's name.
+    """
     models = sorted({row["model"] for row in rows} | {exhibit.model for exhibit in exhibits})
     libraries = ("attribution-suite", "nnsight", "numpy", "torch", "transformers")
     return {
         "Made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "Models": ", ".join(models) or "none",
+        "Models": "; ".join((loaded or {}).get(model, model) for model in models) or "none",
         "Versions": ", ".join(f"{name} {metadata.version(name)}" for name in libraries),
     }
 

@@ -41,15 +41,23 @@ class Workbench:
         model: A loaded model.
         knowledge: Facts and words.
         max_prompts: At most how many prompts the claims about methods use; all when ``None``.
+        seed: Seed of all that is drawn at random.
         progress: Show progress bars.
     """
 
     def __init__(
-        self, model: Model, knowledge: Knowledge, *, max_prompts: int | None = None, progress: bool = False
+        self,
+        model: Model,
+        knowledge: Knowledge,
+        *,
+        max_prompts: int | None = None,
+        seed: int = 0,
+        progress: bool = False,
     ) -> None:
         self.model = model
         self.knowledge = knowledge
         self.max_prompts = max_prompts
+        self.seed = seed
         self.progress = progress
         self._frames: dict[tuple[str, tuple[object, ...]], pd.DataFrame] = {}
         self._measured: dict[tuple[object, ...], object] = {}
@@ -60,7 +68,7 @@ class Workbench:
         entry = entry_of(self.model.name)
         if self.knowledge.bundled:
             return entry
-        return replace(entry, known_share=0.0, known_share_reason=OWN_PROMPTS, knowledge=(), not_supported={})
+        return replace(entry, known_share=0.0, known_share_reason=OWN_PROMPTS, asserted={}, not_supported={})
 
     @cached_property
     def known(self) -> list[Prompt]:
@@ -137,7 +145,7 @@ class Workbench:
         *,
         kind: str = "zero",
         together: Sequence[str] = (),
-        seed: int = 0,
+        seed: int | None = None,
         number: int | None = None,
     ) -> dict[str, pd.DataFrame]:
         """Ablate the best neurons of each method on every prompt, see :func:`attribution.evaluate`.
@@ -147,12 +155,13 @@ class Workbench:
             k: How many, several numbers, or how many of each unit; FFN neurons when it names none.
             kind: An ablation kind; what is not zero takes its values from the prompts themselves.
             together: Kinds that are measured along with it, by the same ranking.
-            seed: Seed of random draws.
+            seed: Seed of random draws; the bench's own when ``None``.
             number: On so many prompts only.
 
         Returns:
             Method to its frame; for each k, one row per prompt in the order of :attr:`prompts`.
         """
+        seed = self.seed if seed is None else seed
         places = self.part(len(self.prompts) if number is None else number)
         if not places:
             # Nothing to measure: the judge then says that there are too few prompts.

@@ -45,7 +45,7 @@ def test_claim(attribution_model, assert_claim, id):
                   asserted=how["asserted"], gated=how["gated"])
     effects = [how["shift"] + 1 + number / 100 for number in range(how["n"])]
     prompts = [f"city {number:02}" for number in range(how["n"])]
-    assert_claim(judge(claim, model=attribution_model.model.name, effects=effects, facts=prompts, prompts=prompts))
+    assert_claim(judge(claim, model=attribution_model.name, effects=effects, facts=prompts, prompts=prompts))
 
 def test_nothing():
     pass
@@ -84,7 +84,7 @@ def suite(models: dict[str, at.Model], pytester: pytest.Pytester, monkeypatch: p
     """Two claims that hold. The model is loaded once for all runs and not checked: its claims are made up."""
     made = Suite(pytester, models["gpt2"])
     knowledge = attribution.knowledge.load_knowledge()
-    monkeypatch.setattr("attribution.model.load", lambda name, models_dir: made.model)
+    monkeypatch.setattr("attribution.model.load", lambda name, **_: made.model)
     monkeypatch.setattr("attribution.checks.preflight", lambda model: [])
     monkeypatch.setattr("attribution.knowledge.load_knowledge", lambda categories: knowledge)
     made.measure(one={}, two={})
@@ -334,17 +334,19 @@ def test_claim_about_a_model_that_the_plugin_did_not_load_is_red(suite: Suite) -
 def test_methods_are_judged_on_at_most_so_many_prompts(suite: Suite) -> None:
     suite.pytester.makepyfile(
         test_suite="""
-        def test_it(attribution_model):
-            everything = attribution_model.knowledge.prompts
-            attribution_model.__dict__["known"] = list(everything)
-            assert len(attribution_model.prompts) == 7
+        def test_it(attribution_bench):
+            everything = attribution_bench.knowledge.prompts
+            attribution_bench.__dict__["known"] = list(everything)
+            assert len(attribution_bench.prompts) == 7
         """
     )
     assert suite.run("--max-prompts=7").ret == 0
     for number in ("0", "-1", "x", "1.5"):
         result = suite.run(f"--max-prompts={number}")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
-        result.stderr.fnmatch_lines([f"*--max-prompts: '{number}' is not a number of prompts; give 1 or more"])
+        result.stderr.fnmatch_lines(
+            [f"*--attribution-max-prompts: '{number}' is not a number of prompts; give 1 or more"]
+        )
 
 
 def test_distributed_run_saves_and_compares_as_one(

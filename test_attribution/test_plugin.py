@@ -11,6 +11,9 @@ from attribution.registry import registry
 
 pytest_plugins = ["pytester"]
 
+# Two for each model, and one that is about none.
+COLLECTED = 2 * len(registry()) + 1
+
 SUITE = """
 import pytest
 from attribution.claims import Claim, judge
@@ -20,7 +23,7 @@ from attribution.claims import Claim, judge
 def test_claim(attribution_model, effect, assert_claim):
     claim = Claim("ours", "a sentence", "ours", "an effect", "above", 0, "none")
     effects = [effect + number / 100 for number in range(20)]
-    name = attribution_model.model.name
+    name = attribution_model.name
     assert_claim(judge(claim, model=name, effects=effects, facts=[str(n) for n in range(20)]))
 
 def test_without_model():
@@ -76,7 +79,7 @@ def test_unknown_markers_are_errors(suite: pytest.Pytester) -> None:
 def test_run_ends_in_a_table_and_a_refuted_claim_is_red(suite: pytest.Pytester) -> None:
     result = suite.runpytest_subprocess("-m", "bundled")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.assert_outcomes(passed=2, failed=2, deselected=9)
+    result.assert_outcomes(passed=2, failed=2, deselected=COLLECTED - 4)
     result.stdout.fnmatch_lines(
         [
             "model * claim *effect * interval * n * verdict",
@@ -92,7 +95,7 @@ def test_run_ends_in_a_table_and_a_refuted_claim_is_red(suite: pytest.Pytester) 
 
 def test_table_is_whole_under_several_reports_and_absent_without_claims(suite: pytest.Pytester) -> None:
     result = suite.runpytest_subprocess("-k", "without_model")
-    result.assert_outcomes(passed=1, deselected=12)
+    result.assert_outcomes(passed=1, deselected=COLLECTED - 1)
     assert "verdict" not in result.stdout.str()
 
 
@@ -101,7 +104,7 @@ def test_model_that_cannot_be_loaded_is_one_error_with_remedies_never_a_skip(
 ) -> None:
     result = suite.runpytest_subprocess("-m", "gpt2", f"--models-dir={tmp_path}")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.assert_outcomes(errors=1, deselected=11)
+    result.assert_outcomes(errors=1, deselected=COLLECTED - 2)
     text = result.stdout.str()
     assert f"model 'gpt2' is not in the models folder '{tmp_path}'" in text
     assert f"put its files in {tmp_path / 'gpt2'}" in text
@@ -126,7 +129,7 @@ def test_real_model_path_loads_a_folder_in_the_layout_of_the_hub(
 ) -> None:
     (tmp_path / "gpt2").symlink_to(folders["gpt2"], target_is_directory=True)
     result = suite.runpytest_subprocess("-m", "gpt2 and superiority", f"--models-dir={tmp_path}", "-k", "good")
-    result.assert_outcomes(passed=1, deselected=12)
+    result.assert_outcomes(passed=1, deselected=COLLECTED - 1)
     result.stdout.fnmatch_lines(["gpt2 * ours * supported"])
     # Written with a space, pytest would take DIR for a path of tests and look for its settings there.
     result.stdout.fnmatch_lines([f"rootdir: {suite.path}"])
@@ -160,8 +163,8 @@ def test_suite_chooses_its_models_and_categories_by_hooks(suite: pytest.Pytester
         "def pytest_attribution_categories(): return ['month']\n"
     )
     suite.makepyfile(
-        test_choice="def test_it(attribution_model):\n"
-        "    assert {p.category for p in attribution_model.knowledge.prompts} == {'month'}\n"
+        test_choice="def test_it(attribution_bench):\n"
+        "    assert {p.category for p in attribution_bench.knowledge.prompts} == {'month'}\n"
     )
     result = suite.runpytest_subprocess("test_choice.py", "-v")
     result.assert_outcomes(passed=1)

@@ -23,6 +23,7 @@ from attribution.metrics import Outcome
 from attribution.questions import batches_of
 from attribution.ranking import all_candidates
 from attribution.records import AttentionNeuron, Component, FFNNeuron
+from attribution.registry import METHOD_FAMILIES
 from attribution.suite import query_neurons, specificity, sufficiency
 from attribution.suite.common import METHOD
 from attribution.workbench import Workbench
@@ -533,6 +534,7 @@ def test_claims_are_named_apart_and_asserted_only_where_they_should_be(model: at
     reported = ("vs the same layers", "query neurons cut", "related categories", "kept share")
     for claim in claims:
         assert claim.asserted is not any(part in claim.id for part in reported)
+        assert not claim.asserted or claim.family in METHOD_FAMILIES
 
 
 def test_claims_on_what_a_method_does_not_score_are_reported_as_such(

@@ -16,6 +16,6 @@ pytestmark = pytest.mark.identity
 
 @pytest.mark.parametrize("identity", IDENTITIES)
 def test_residual_stream_is_the_sum_of_its_parts(
-    attribution_model: Workbench, identity: str, assert_claim: Callable[[Verdict], None]
+    attribution_bench: Workbench, identity: str, assert_claim: Callable[[Verdict], None]
 ) -> None:
-    assert_claim(residual_stream_is_the_sum(attribution_model, identity))
+    assert_claim(residual_stream_is_the_sum(attribution_bench, identity))

@@ -17,42 +17,42 @@ pytestmark = pytest.mark.identity
 
 
 def test_numbers_with_a_known_truth_get_the_verdicts_that_they_should(
-    attribution_model: Workbench, assert_claim: Check
+    attribution_bench: Workbench, assert_claim: Check
 ) -> None:
-    assert_claim(known_truths.judge_gives_known_verdicts(attribution_model))
+    assert_claim(known_truths.judge_gives_known_verdicts(attribution_bench))
 
 
-def test_logits_with_a_known_answer_are_measured_right(attribution_model: Workbench, assert_claim: Check) -> None:
-    assert_claim(known_truths.metrics_give_known_outcomes(attribution_model))
+def test_logits_with_a_known_answer_are_measured_right(attribution_bench: Workbench, assert_claim: Check) -> None:
+    assert_claim(known_truths.metrics_give_known_outcomes(attribution_bench))
 
 
 @pytest.mark.parametrize("unit", recounts.SCORED_UNITS)
-def test_scores_are_what_they_are_defined_to_be(attribution_model: Workbench, unit: Unit, assert_claim: Check) -> None:
-    assert_claim(recounts.scores_follow_their_definition(attribution_model, unit))
+def test_scores_are_what_they_are_defined_to_be(attribution_bench: Workbench, unit: Unit, assert_claim: Check) -> None:
+    assert_claim(recounts.scores_follow_their_definition(attribution_bench, unit))
 
 
 @pytest.mark.parametrize("unit", recounts.SEARCHED_UNITS)
-def test_rankings_leave_nothing_better_out(attribution_model: Workbench, unit: Unit, assert_claim: Check) -> None:
-    assert_claim(recounts.top_neurons_are_the_top(attribution_model, unit))
+def test_rankings_leave_nothing_better_out(attribution_bench: Workbench, unit: Unit, assert_claim: Check) -> None:
+    assert_claim(recounts.top_neurons_are_the_top(attribution_bench, unit))
 
 
-def test_query_scores_are_what_they_are_defined_to_be(attribution_model: Workbench, assert_claim: Check) -> None:
-    assert_claim(recounts.query_scores_follow_their_definition(attribution_model))
+def test_query_scores_are_what_they_are_defined_to_be(attribution_bench: Workbench, assert_claim: Check) -> None:
+    assert_claim(recounts.query_scores_follow_their_definition(attribution_bench))
 
 
-def test_controls_are_drawn_as_stated(attribution_model: Workbench, assert_claim: Check) -> None:
-    assert_claim(recounts.controls_are_drawn_as_stated(attribution_model))
+def test_controls_are_drawn_as_stated(attribution_bench: Workbench, assert_claim: Check) -> None:
+    assert_claim(recounts.controls_are_drawn_as_stated(attribution_bench))
 
 
 @pytest.mark.parametrize("kind", by_hand.ABLATIONS)
 def test_ablation_is_what_hooks_on_the_plain_model_do(
-    attribution_model: Workbench, kind: str, assert_claim: Check
+    attribution_bench: Workbench, kind: str, assert_claim: Check
 ) -> None:
-    assert_claim(by_hand.ablation_is_what_hooks_do(attribution_model, kind))
+    assert_claim(by_hand.ablation_is_what_hooks_do(attribution_bench, kind))
 
 
 @pytest.mark.parametrize("method", by_hand.BACKWARD)
 def test_backward_passes_say_what_gradients_of_the_plain_model_say(
-    attribution_model: Workbench, method: str, assert_claim: Check
+    attribution_bench: Workbench, method: str, assert_claim: Check
 ) -> None:
-    assert_claim(by_hand.backward_passes_are_what_hooks_find(attribution_model, method))
+    assert_claim(by_hand.backward_passes_are_what_hooks_find(attribution_bench, method))

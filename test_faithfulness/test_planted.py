@@ -18,41 +18,41 @@ Check = Callable[[Verdict], None]
 @pytest.mark.planted
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_planted_to_write_the_answer_is_ranked_first(
-    attribution_model: Workbench, attribution_method: str, kind: Kind, assert_claim: Check
+    attribution_bench: Workbench, attribution_method: str, kind: Kind, assert_claim: Check
 ) -> None:
-    assert_claim(planted.is_found(attribution_model, attribution_method, kind))
+    assert_claim(planted.is_found(attribution_bench, attribution_method, kind))
 
 
 @pytest.mark.planted
 def test_both_ends_of_a_planted_chain_are_ranked_first(
-    attribution_model: Workbench, attribution_method: str, assert_claim: Check
+    attribution_bench: Workbench, attribution_method: str, assert_claim: Check
 ) -> None:
-    assert_claim(planted.both_ends_of_a_chain_are_found(attribution_model, attribution_method))
+    assert_claim(planted.both_ends_of_a_chain_are_found(attribution_bench, attribution_method))
 
 
 @pytest.mark.planted
 @pytest.mark.parametrize("kind", KINDS)
-def test_ablating_what_was_planted_undoes_it(attribution_model: Workbench, kind: Kind, assert_claim: Check) -> None:
-    assert_claim(planted.is_undone(attribution_model, kind))
+def test_ablating_what_was_planted_undoes_it(attribution_bench: Workbench, kind: Kind, assert_claim: Check) -> None:
+    assert_claim(planted.is_undone(attribution_bench, kind))
 
 
 @pytest.mark.planted
-def test_ablating_the_query_neuron_breaks_a_planted_chain(attribution_model: Workbench, assert_claim: Check) -> None:
-    assert_claim(planted.chain_breaks_at_its_query_neuron(attribution_model))
+def test_ablating_the_query_neuron_breaks_a_planted_chain(attribution_bench: Workbench, assert_claim: Check) -> None:
+    assert_claim(planted.chain_breaks_at_its_query_neuron(attribution_bench))
 
 
 @pytest.mark.reported
 @pytest.mark.parametrize("kind", KINDS)
 def test_how_a_method_loses_what_was_planted_as_it_grows_weaker(
-    attribution_model: Workbench, attribution_method: str, kind: Kind, assert_claim: Check
+    attribution_bench: Workbench, attribution_method: str, kind: Kind, assert_claim: Check
 ) -> None:
-    assert_claim(planted.recovery(attribution_model, attribution_method, kind, attribution_method))
+    assert_claim(planted.recovery(attribution_bench, attribution_method, kind, attribution_method))
 
 
 @pytest.mark.reported
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("kind", ["ffn", "attention"])
 def test_how_a_baseline_loses_what_was_planted_as_it_grows_weaker(
-    attribution_model: Workbench, attribution_method: str, kind: Kind, baseline: str, assert_claim: Check
+    attribution_bench: Workbench, attribution_method: str, kind: Kind, baseline: str, assert_claim: Check
 ) -> None:
-    assert_claim(planted.recovery(attribution_model, attribution_method, kind, baseline))
+    assert_claim(planted.recovery(attribution_bench, attribution_method, kind, baseline))

@@ -15,6 +15,6 @@ pytestmark = pytest.mark.sanity
 
 @pytest.mark.parametrize("control", sanity.CONTROLS)
 def test_broken_scorer_loses_its_effect(
-    attribution_model: Workbench, attribution_method: str, control: str, assert_claim: Callable[[Verdict], None]
+    attribution_bench: Workbench, attribution_method: str, control: str, assert_claim: Callable[[Verdict], None]
 ) -> None:
-    assert_claim(sanity.broken_scorer_loses_its_effect(attribution_model, attribution_method, control))
+    assert_claim(sanity.broken_scorer_loses_its_effect(attribution_bench, attribution_method, control))

@@ -13,10 +13,10 @@ pytestmark = pytest.mark.knowledge
 
 
 def test_model_knows_the_facts_of_a_category(
-    attribution_model: Workbench, attribution_category: str, assert_claim: Callable[[Verdict], None]
+    attribution_bench: Workbench, attribution_category: str, assert_claim: Callable[[Verdict], None]
 ) -> None:
     """By the paper's selection rule: the answer in the top 10 and above every other word of its type."""
-    bench, category = attribution_model, attribution_category
+    bench, category = attribution_bench, attribution_category
     claim = Claim(
         id=f"knows {category}",
         sentence=f"{category} prompts pass the selection rule",
@@ -25,6 +25,7 @@ def test_model_knows_the_facts_of_a_category(
         test="above",
         threshold=bench.entry.known_share,
         control="the same prompts with the answer of another fact of the category",
+        family="known facts",
         # About a model; what methods are compared by is in test_faithfulness.
         gated=False,
     )

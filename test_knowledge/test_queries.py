@@ -18,30 +18,30 @@ pytestmark = pytest.mark.knowledge
 
 
 def test_attention_value_neurons_are_woken_by_lower_layers_than_ffn_ones(
-    attribution_model: Workbench,
+    attribution_bench: Workbench,
     assert_claim: Callable[[Verdict], None],
     attribution_exhibit: Show,
 ) -> None:
-    attribution_exhibit(attribution_model, waking.query_layers_of_ffn_neurons)
-    attribution_exhibit(attribution_model, waking.query_layers_of_attention_neurons)
-    assert_claim(waking.attention_value_neurons_are_woken_below_ffn_ones(attribution_model))
+    attribution_exhibit(attribution_bench, waking.query_layers_of_ffn_neurons)
+    attribution_exhibit(attribution_bench, waking.query_layers_of_attention_neurons)
+    assert_claim(waking.attention_value_neurons_are_woken_below_ffn_ones(attribution_bench))
 
 
 def test_query_neurons_that_are_no_value_neurons_lie_below_those_that_are(
-    attribution_model: Workbench,
+    attribution_bench: Workbench,
     assert_claim: Callable[[Verdict], None],
     attribution_exhibit: Show,
 ) -> None:
-    attribution_exhibit(attribution_model, waking.query_and_value_neurons)
-    assert_claim(waking.query_only_neurons_lie_shallower(attribution_model))
+    attribution_exhibit(attribution_bench, waking.query_and_value_neurons)
+    assert_claim(waking.query_only_neurons_lie_shallower(attribution_bench))
 
 
 @pytest.mark.parametrize("piece", curves.PIECES)
 def test_a_piece_of_the_curve_is_nearly_a_line(
-    attribution_model: Workbench,
+    attribution_bench: Workbench,
     piece: Any,
     assert_claim: Callable[[Verdict], None],
     attribution_exhibit: Show,
 ) -> None:
-    attribution_exhibit(attribution_model, curves.curve)
-    assert_claim(curves.curve_is_straight(attribution_model, piece))
+    attribution_exhibit(attribution_bench, curves.curve)
+    assert_claim(curves.curve_is_straight(attribution_bench, piece))

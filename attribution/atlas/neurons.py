@@ -39,7 +39,6 @@ _MIN_SUMMED = 20
 _SUMS = ("all", "positive", "top 100", "top 200")
 _K = 10
 _DEPTHS = (METHOD, "log_prob", "prob_increase")
-_SEED = 0
 
 
 def _sums(bench: Workbench, kind: Sublayer) -> tuple[Survey, dict[str, npt.NDArray[np.float64]]]:
@@ -127,7 +126,7 @@ def prompts_share_neurons(bench: Workbench, category: str, side: Side) -> Verdic
     rows, number = found.of(category), found.shared_of
     members = _members(found, side)[rows]
     first = np.zeros(len(rows), dtype=bool)
-    first[np.random.default_rng(_SEED).permutation(len(rows))[::2]] = True
+    first[np.random.default_rng(bench.seed).permutation(len(rows))[::2]] = True
     effects = np.zeros(len(rows))
     for half in (first, ~first):
         if half.any():
@@ -147,7 +146,7 @@ def prompts_share_neurons(bench: Workbench, category: str, side: Side) -> Verdic
         category=category,
         comparisons=len(SIDES),
     )
-    return bench.judge(claim, effects, places=[found.places[row] for row in rows], seed=_SEED)
+    return bench.judge(claim, effects, places=[found.places[row] for row in rows], seed=bench.seed)
 
 
 def shared_neurons(bench: Workbench) -> Exhibit:

@@ -16,25 +16,12 @@ from attribution.claims import Claim, Extremes
 from attribution.queries import QueryRanking, query
 from attribution.ranking import Ranking, attribute
 from attribution.records import Component, Head, Layer, Unit
+from attribution.registry import KNOWLEDGE_FAMILIES
 from attribution.suite.common import METHOD
 from attribution.suite.query_neurons import query_budget
 from attribution.workbench import Workbench
 
-__all__ = ["FAMILIES", "PER_CATEGORY", "Survey", "claim_about", "depth", "survey", "survey_of"]
-
-FAMILIES = (
-    "layers",
-    "depth of layers",
-    "shared parts",
-    "sums of neurons",
-    "shared neurons",
-    "words",
-    "depth of neurons",
-    "query layers",
-    "query neurons",
-    "curves",
-)
-"""Families of claims about where a model keeps knowledge, as the registry names those that are asserted for it."""
+__all__ = ["PER_CATEGORY", "Survey", "claim_about", "depth", "survey", "survey_of"]
 
 PER_CATEGORY = 50
 """Prompts of each category that are surveyed; more would narrow the intervals, not change what is seen."""
@@ -210,7 +197,7 @@ def claim_about(
 
     Args:
         bench: The model with its prompts.
-        family: One of :data:`FAMILIES`.
+        family: One of :data:`attribution.registry.KNOWLEDGE_FAMILIES`.
         id: See :class:`Claim`, as for the others.
         sentence: What is claimed.
         source: Table or figure.
@@ -222,7 +209,7 @@ def claim_about(
         min_prompts: Fewer decide nothing; 20 of a category, or 100 of all, when ``None``.
         extremes: See :class:`Claim`.
     """
-    assert family in FAMILIES, family
+    assert family in KNOWLEDGE_FAMILIES, family
     return Claim(
         id=f"{id}: {category}" if category else id,
         sentence=sentence,
@@ -234,6 +221,6 @@ def claim_about(
         min_prompts=min_prompts or (_MIN_OF_CATEGORY if category else _MIN_POOLED),
         comparisons=comparisons * (len(bench.knowledge.words) if category else 1),
         extremes=extremes,
-        asserted=family in bench.entry.knowledge,
+        family=family,
         gated=False,
     )

@@ -28,7 +28,6 @@ __all__ = ["interpretable_neurons", "neurons_raise_words_of_their_category"]
 _NEURONS = 10
 _TOKENS = 10
 _SHOWN = 3
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ def _raised(candidates: Candidates, index: Tensor, words: Tensor) -> list[_Raise
     return [_Raised(neuron, score, positive, tuple(top), hit) for neuron, positive, score, top, hit in rows]
 
 
-def _others(candidates: Candidates, index: Tensor, question: Question) -> Tensor:
+def _others(candidates: Candidates, index: Tensor, question: Question, seed: int) -> Tensor:
     """Draw as many other candidates, each from the layer of one of these."""
-    rng = np.random.default_rng(question.seed(_SEED))
+    rng = np.random.default_rng(question.seed(seed))
     slots, taken = candidates.slot.cpu().numpy(), set(index.tolist())
     drawn: list[int] = []
     for slot in slots[index.cpu().numpy()].tolist():
@@ -101,11 +100,11 @@ def _measured(bench: Workbench, kind: Sublayer) -> tuple[Survey, list[_OfPrompt]
         of_prompt: dict[int, _OfPrompt] = {}
         for rows, batch in batches_of(bench.model, questions):
             part = [questions[row] for row in rows]
-            each = all_candidates(bench.model, part, batch, {kind: [method]}, seed=_SEED, steps=STEPS)
+            each = all_candidates(bench.model, part, batch, {kind: [method]}, seed=bench.seed, steps=STEPS)
             for row, by_unit in zip(rows, each, strict=True):
                 candidates, own = by_unit[kind], words[found.categories[row]]
                 best = top_k(candidates, method, min(_NEURONS, len(candidates))).best
-                others = _others(candidates, best, questions[row])
+                others = _others(candidates, best, questions[row], bench.seed)
                 of_prompt[row] = _OfPrompt(_raised(candidates, best, own), _raised(candidates, others, own))
         return found, [of_prompt[row] for row in range(len(questions))]
 

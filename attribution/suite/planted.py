@@ -29,7 +29,7 @@ from attribution.questions import batches_of
 from attribution.ranking import attribute
 from attribution.records import AttentionNeuron, Component, Neuron, Unit
 from attribution.suite.common import BASELINES, METHOD, not_applicable
-from attribution.suite.plants import SEED, Kind, Task, planting_of, task_of
+from attribution.suite.plants import Kind, Task, planting_of, task_of
 from attribution.workbench import Workbench
 
 __all__ = [
@@ -143,7 +143,7 @@ def _judge(bench: Workbench, claim: Claim, found: npt.NDArray[np.bool_], *, mean
     effects = np.asarray(found[: len(STRENGTHS)].mean(0) if mean else found[0], dtype=np.float64)
     # Nothing is found where nothing could be planted.
     places = task_of(bench).places[: len(effects)]
-    return bench.judge(claim, effects, places=places, seed=SEED, note=", ".join(shares))
+    return bench.judge(claim, effects, places=places, seed=bench.seed, note=", ".join(shares))
 
 
 _WHAT = {
@@ -163,6 +163,7 @@ def is_found(bench: Workbench, method: str, kind: Kind) -> Verdict:
         effect=f"share of prompts, at strength {STRENGTHS[0]:g}",
         test="above",
         threshold=_FOUND,
+        family="planted",
         control=_CONTROL,
         min_prompts=_MIN_PROMPTS,
         method=method,
@@ -185,6 +186,7 @@ def both_ends_of_a_chain_are_found(bench: Workbench, method: str) -> Verdict:
         effect=f"share of prompts, at strength {STRENGTHS[0]:g}",
         test="above",
         threshold=_FOUND,
+        family="planted",
         control="a second chain, planted just as loud, that writes another word; and strength 0",
         min_prompts=_MIN_PROMPTS,
         method=method,
@@ -244,6 +246,7 @@ def is_undone(bench: Workbench, kind: Kind) -> Verdict:
         effect="largest difference over prompts, in units of the rounding bound",
         test="at_most",
         threshold=1,
+        family="planted",
         control="the planted neurons, not ablated",
         min_prompts=_MIN_PROMPTS,
     )
@@ -251,7 +254,7 @@ def is_undone(bench: Workbench, kind: Kind) -> Verdict:
     facts = len({bench.prompts[place].fact for place in places})
     verdict = judge_exact(claim, model=bench.model.name, effect=error, n=len(places), facts=facts)
     risen = f"not ablated they raise it by {(loud - without).mean() / bound:.3g} bounds" if places else ""
-    return replace(verdict, seed=SEED, note=risen)
+    return replace(verdict, seed=bench.seed, note=risen)
 
 
 def chain_breaks_at_its_query_neuron(bench: Workbench) -> Verdict:
@@ -264,6 +267,7 @@ def chain_breaks_at_its_query_neuron(bench: Workbench) -> Verdict:
         effect="fall of mean log-probability without the query neuron, as a share of that without both ends",
         test="above",
         threshold=_BROKEN,
+        family="planted",
         control="the second chain, which stays; and the value neuron's own reading of the stream",
         min_prompts=_MIN_PROMPTS,
         comparisons=_COMPARISONS,
@@ -279,4 +283,4 @@ def chain_breaks_at_its_query_neuron(bench: Workbench) -> Verdict:
             _logps(model, task, variants) for variants in ([()] * len(starts), starts, wholes)
         )
     places = task.places if starts else []
-    return bench.judge(claim, loud - without_start, baselines=loud - without_both, places=places, seed=SEED)
+    return bench.judge(claim, loud - without_start, baselines=loud - without_both, places=places, seed=bench.seed)

@@ -36,14 +36,13 @@ from attribution.trace import Activations, read_activations
 from attribution.vectors import VectorTable
 from attribution.workbench import Workbench
 
-__all__ = ["KINDS", "PROMPTS", "SEED", "Kind", "Planting", "Task", "planting_of", "task_of"]
+__all__ = ["KINDS", "PROMPTS", "Kind", "Planting", "Task", "planting_of", "task_of"]
 
 Kind: TypeAlias = Literal["ffn", "attention", "chain"]
 KINDS: tuple[Kind, ...] = ("ffn", "attention", "chain")
 """What is planted: a neuron that fires by itself, or an FFN query neuron that wakes an attention value neuron."""
 
 PROMPTS = 64
-SEED = 0
 # Words of a category.
 _SIDES = 2
 # A whole trace keeps every position; this many times fewer tokens at once keep it small for large models as well.
@@ -103,7 +102,7 @@ def task_of(bench: Workbench) -> Task:
 
 
 def _draw_task(bench: Workbench) -> Task:
-    draw = random.Random(SEED)
+    draw = random.Random(bench.seed)
     places: list[int] = []
     questions: list[Question] = []
     column: list[int] = []
@@ -259,7 +258,7 @@ def _draw_planting(bench: Workbench, kind: Kind) -> Planting:
         return Planting(())
     nature = _nature(bench)
     # By kind: where one kind is planted tells nothing of where another is.
-    draw = random.Random(f"{SEED} {kind}")
+    draw = random.Random(f"{bench.seed} {kind}")
     free: dict[tuple[Sublayer, int], list[int]] = {}
 
     def neuron_of(sublayer: Sublayer, layer: int) -> Neuron:

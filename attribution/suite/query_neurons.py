@@ -90,7 +90,7 @@ def left_without_query_neurons(bench: Workbench, method: str) -> dict[str, dict[
     def measured() -> dict[str, dict[str, npt.NDArray[np.float64]]]:
         questions = [bench.questions[place] for place in bench.part(MIN_PROMPTS)]
         chosen = waking(bench, method)
-        arms = {"query": chosen, "same layers": _of_the_same_layers(bench, chosen, seed=0)}
+        arms = {"query": chosen, "same layers": _of_the_same_layers(bench, chosen, bench.seed)}
         return {name: by_metric(outcomes(bench.model, questions, neurons)[0]) for name, neurons in arms.items()}
 
     return bench.once(("query neurons", method), measured)
@@ -126,7 +126,7 @@ def query_neurons_beat_random_ones(bench: Workbench, method: str, metric: str, s
 
     The random ones are drawn uniformly from all FFN neurons, anew for every prompt; query neurons may be among them.
     """
-    budget = query_budget(bench)
+    budget, seed = query_budget(bench), bench.seed + seed
     claim = Claim(
         id=f"{budget} query neurons vs random: {metric}",
         sentence=f"zeroing a prompt's {budget} query neurons, {_woken(bench, method)}, lowers {metric} more than "
@@ -135,6 +135,7 @@ def query_neurons_beat_random_ones(bench: Workbench, method: str, metric: str, s
         effect=f"{METRIC_NAMES[metric]} left by random neurons minus that left by query neurons",
         test="above",
         threshold=0,
+        family="deletion",
         control=f"the same prompts with {budget} random FFN neurons",
         min_prompts=MIN_PROMPTS,
         method=method,
@@ -166,7 +167,7 @@ def query_neurons_beat_those_of_the_same_layers(bench: Workbench, method: str, m
     if "attention" not in budget_of(bench, method):
         return not_applicable(bench, claim, _NO_VALUE_NEURONS)
     left = left_without_query_neurons(bench, method)
-    return _judged(bench, claim, left["same layers"][metric] - left["query"][metric], seed=0)
+    return _judged(bench, claim, left["same layers"][metric] - left["query"][metric], seed=bench.seed)
 
 
 def query_neurons_cut(bench: Workbench, method: str, metric: str) -> Verdict:
@@ -197,7 +198,7 @@ def query_neurons_cut(bench: Workbench, method: str, metric: str) -> Verdict:
 
 def random_ffn_neurons_have_no_effect(bench: Workbench, method: str, seed: int, metric: str) -> Verdict:
     """Judge as many FFN neurons drawn uniformly, anew for every prompt."""
-    budget = query_budget(bench)
+    budget, seed = query_budget(bench), bench.seed + seed
     claim = Claim(
         id=f"{budget} random FFN neurons, seed {seed}: {metric}",
         sentence=f"zeroing {budget} random FFN neurons changes {metric} by less than {MARGIN:.0%}",
@@ -205,6 +206,7 @@ def random_ffn_neurons_have_no_effect(bench: Workbench, method: str, seed: int, 
         effect=f"fall of mean {metric} as a share of its start",
         test="within",
         threshold=MARGIN,
+        family="equivalence",
         control=f"{budget} query neurons, judged by the claims that they do more than random ones",
         min_prompts=MIN_PROMPTS,
         method=method,

@@ -33,17 +33,16 @@ CONTROLS = {
 """What is broken, and which neurons that gives."""
 
 K = single_neurons.TOP
-SEED = 0
 # Of the effect, at least half has to be gone.
 _SHARE = 0.5
 
 
-def _ranked(model: Model, questions: list[Question], method: str) -> list[list[Component]]:
+def _ranked(model: Model, questions: list[Question], method: str, seed: int) -> list[list[Component]]:
     """Return the top 10 for each question, as ranked on a model."""
     best: dict[int, list[Component]] = {}
     for rows, batch in batches_of(model, questions):
         part = [questions[row] for row in rows]
-        ranked = best_records(model, part, batch, (method,), {"ffn": K}, seed=SEED, steps=STEPS)
+        ranked = best_records(model, part, batch, (method,), {"ffn": K}, seed=seed, steps=STEPS)
         best.update({row: each[method]["ffn"] for row, each in zip(rows, ranked, strict=True)})
     return [best[row] for row in range(len(questions))]
 
@@ -53,10 +52,10 @@ def _chosen(bench: Workbench, method: str, control: str) -> list[list[Component]
     if control == "sign flip":
         return [list(sample.lowest) for sample in single_neurons.samples(bench, method)]
     if control == "weight randomisation":
-        return _ranked(randomised(bench.model, SEED), bench.questions, method)
+        return _ranked(randomised(bench.model, bench.seed), bench.questions, method, bench.seed)
     others = {prompt.text: prompt.answer for prompt in bench.swapped}
     questions = [question_of(bench.model, prompt.text, others[prompt.text]) for prompt in bench.prompts]
-    return _ranked(bench.model, questions, method)
+    return _ranked(bench.model, questions, method, bench.seed)
 
 
 def broken_scorer_loses_its_effect(bench: Workbench, method: str, control: str) -> Verdict:
@@ -75,6 +74,7 @@ def broken_scorer_loses_its_effect(bench: Workbench, method: str, control: str) 
         "nats",
         test="above",
         threshold=0,
+        family="sanity",
         control=f"the same prompts with the top {K}",
         min_prompts=single_neurons.MIN_PROMPTS if flipped else MIN_PROMPTS,
         method=method,
@@ -87,4 +87,4 @@ def broken_scorer_loses_its_effect(bench: Workbench, method: str, control: str) 
     after, _ = outcomes(bench.model, [bench.questions[place] for place in places], _chosen(bench, method, control))
     left = bench.before["logp"][places] - by_metric(after)["logp"]
     note = f"{left.sum() / whole.sum():.1%} of the fall is left" if whole.sum() > 0 else ""
-    return bench.judge(claim, _SHARE * whole - left, places=places, seed=SEED, note=note)
+    return bench.judge(claim, _SHARE * whole - left, places=places, seed=bench.seed, note=note)

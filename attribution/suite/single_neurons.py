@@ -40,7 +40,6 @@ __all__ = [
     "COMPARED",
     "EFFECTS",
     "PROMPTS",
-    "SEED",
     "TOP",
     "Sample",
     "direct_effects",
@@ -66,7 +65,6 @@ PROMPTS = 100
 # What is averaged over prompts is a correlation over 40 neurons, whose standard error is about 1 / sqrt(40 - 3): the
 # mean of 50 is known to a few hundredths, far less than lies between no correlation and a moderate one.
 MIN_PROMPTS = 50
-SEED = 0
 # A moderate correlation by the convention of Cohen 1988.
 _MODERATE = 0.3
 
@@ -149,7 +147,7 @@ def _measured(bench: Workbench, method: str) -> list[Sample]:
     drawn: dict[int, Sample] = {}
     for rows, batch in batches_of(model, questions):
         part = [questions[row] for row in rows]
-        ranked = all_candidates(model, part, batch, {"ffn": [scorer]}, seed=SEED, steps=STEPS)
+        ranked = all_candidates(model, part, batch, {"ffn": [scorer]}, seed=bench.seed, steps=STEPS)
         final = read_activations(model, batch, logits=False).resid_final
         for row, by_unit, state in zip(rows, ranked, final, strict=True):
             candidates = by_unit["ffn"]
@@ -197,6 +195,7 @@ def predicts_effect(bench: Workbench, method: str, effect: str = "total", scored
         effect="Spearman's rank correlation over the sampled neurons, mean over prompts",
         test="above",
         threshold=_MODERATE,
+        family="prediction",
         control="random scores on the same sample, reported as a claim of their own",
         min_prompts=MIN_PROMPTS,
         method=method,
@@ -208,7 +207,7 @@ def predicts_effect(bench: Workbench, method: str, effect: str = "total", scored
         return not_applicable(bench, claim, NO_FFN)
     found = samples(bench, method)
     correlations = [rank_correlation(each.scores[name], each.effect(effect)) for each in found]
-    return bench.judge(claim, correlations, places=bench.part(PROMPTS), seed=SEED)
+    return bench.judge(claim, correlations, places=bench.part(PROMPTS), seed=bench.seed)
 
 
 def self_repair(bench: Workbench, method: str) -> Verdict:
@@ -233,4 +232,4 @@ def self_repair(bench: Workbench, method: str) -> Verdict:
     found = samples(bench, method)
     direct, total = (np.array([each.effect(name)[:TOP].mean() for each in found]) for name in ("direct", "total"))
     note = f"direct {direct.mean():.2g}, total {total.mean():.2g} nats a neuron" if found else ""
-    return bench.judge(claim, direct > total, places=bench.part(PROMPTS), seed=SEED, note=note)
+    return bench.judge(claim, direct > total, places=bench.part(PROMPTS), seed=bench.seed, note=note)

@@ -58,7 +58,6 @@ RELATED = frozenset({"language", "capital", "country"})
 
 _K = 10
 _HEAD_SHARE = 0.01
-_SEED = 0
 # Every fact is paired with an unrelated one. Where two thirds of the prompts are of related categories, as among the
 # bundled facts, two thirds of MIN_PROMPTS find a partner of their own.
 _MIN_PAIRED = 200
@@ -69,7 +68,7 @@ def are_related(one: str, other: str) -> bool:
     return one == other or {one, other} <= RELATED
 
 
-def strangers(categories: Sequence[str], seed: int = _SEED) -> dict[int, int]:
+def strangers(categories: Sequence[str], seed: int = 0) -> dict[int, int]:
     """Pair each fact with an unrelated one, a different one each.
 
     Where related categories together hold more than half of the facts, some of these find no partner and are left out
@@ -139,7 +138,7 @@ def _ranked(bench: Workbench, method: str, chosen: str) -> list[list[Component]]
 def _paired(bench: Workbench, method: str, chosen: str) -> _Paired:
     def measured() -> _Paired:
         places = bench.part(MIN_PROMPTS)
-        partner = strangers([bench.prompts[place].category for place in places])
+        partner = strangers([bench.prompts[place].category for place in places], bench.seed)
         ranked = _ranked(bench, method, chosen)
         rows = sorted(partner)
         questions = [bench.questions[places[row]] for row in rows]
@@ -166,6 +165,7 @@ def neurons_hurt_their_fact_most(bench: Workbench, method: str, chosen: str) -> 
         effect=f"{METRIC_NAMES['logp']} left by the neurons of an unrelated fact minus that left by a prompt's own",
         test="above",
         threshold=0,
+        family="specificity",
         control="the same prompts without the neurons of an unrelated fact",
         min_prompts=_MIN_PAIRED,
         method=method,
@@ -174,7 +174,7 @@ def neurons_hurt_their_fact_most(bench: Workbench, method: str, chosen: str) -> 
     if not _budget(bench, method, chosen):
         return not_applicable(bench, claim, _NO_NEURONS)
     pairs = _paired(bench, method, chosen)
-    return bench.judge(claim, pairs.partners["logp"] - pairs.own["logp"], places=pairs.places, seed=_SEED)
+    return bench.judge(claim, pairs.partners["logp"] - pairs.own["logp"], places=pairs.places, seed=bench.seed)
 
 
 def unrelated_facts_stay(bench: Workbench, method: str, chosen: str) -> Verdict:
@@ -190,6 +190,7 @@ def unrelated_facts_stay(bench: Workbench, method: str, chosen: str) -> Verdict:
         effect="fall of mean mrr as a share of its start",
         test="within",
         threshold=MARGIN,
+        family="specificity",
         control="the same neurons lower the answer of their own fact, judged by the claims of specificity",
         min_prompts=_MIN_PAIRED,
         method=method,
@@ -202,7 +203,7 @@ def unrelated_facts_stay(bench: Workbench, method: str, chosen: str) -> Verdict:
     before = bench.before["mrr"][pairs.places]
     note = f"their own fact's falls by {1 - pairs.own['mrr'].sum() / before.sum():.0%}" if before.size else ""
     return bench.judge(
-        claim, before - pairs.partners["mrr"], baselines=before, places=pairs.places, seed=_SEED, note=note
+        claim, before - pairs.partners["mrr"], baselines=before, places=pairs.places, seed=bench.seed, note=note
     )
 
 
@@ -210,7 +211,7 @@ _NO_NEURONS = "the method does not score the neurons that are zeroed"
 
 
 def chosen_heads(
-    scores: npt.NDArray[np.float64], categories: Sequence[str], number: int, seed: int = _SEED
+    scores: npt.NDArray[np.float64], categories: Sequence[str], number: int, seed: int = 0
 ) -> list[dict[str, list[int]]]:
     """Return, for each prompt, the heads of every category: those of the largest mean score, best first.
 
@@ -264,7 +265,7 @@ def _head_scores(bench: Workbench, method: str, places: Sequence[int]) -> npt.ND
     questions = [bench.questions[place] for place in places]
     for rows, batch in batches_of(bench.model, questions):
         part = [questions[row] for row in rows]
-        found = all_candidates(bench.model, part, batch, {"head": [scorer]}, seed=_SEED, steps=STEPS)
+        found = all_candidates(bench.model, part, batch, {"head": [scorer]}, seed=bench.seed, steps=STEPS)
         for row, candidates in zip(rows, found, strict=True):
             every = top_k(candidates["head"], scorer, None)
             scores[row, every.best.cpu()] = every.scores.cpu()
@@ -280,7 +281,7 @@ def _measure_heads(bench: Workbench, method: str) -> HeadsLeft:
     places, anatomy = bench.part(MIN_PROMPTS), bench.model.anatomy
     categories = [bench.prompts[place].category for place in places]
     number = max(1, round(_HEAD_SHARE * anatomy.layers * anatomy.heads))
-    chosen = chosen_heads(_head_scores(bench, method, places), categories, number)
+    chosen = chosen_heads(_head_scores(bench, method, places), categories, number, bench.seed)
     jobs = [(row, name) for row, by_category in enumerate(chosen) for name in by_category]
     heads = [[Head(*divmod(head, anatomy.heads)) for head in chosen[row][name]] for row, name in jobs]
     after = by_metric(outcomes(bench.model, [bench.questions[places[row]] for row, _ in jobs], heads)[0])
@@ -327,6 +328,7 @@ def heads_hurt_their_category_most(bench: Workbench, method: str, metric: str) -
         effect=f"{METRIC_NAMES[metric]} left by heads of unrelated categories minus that left by those of its own",
         test="above",
         threshold=0,
+        family="specificity",
         control="the same prompts without as many heads of each unrelated category",
         min_prompts=MIN_PROMPTS,
         method=method,
@@ -336,7 +338,7 @@ def heads_hurt_their_category_most(bench: Workbench, method: str, metric: str) -
         return not_applicable(bench, claim, "the method does not score heads")
     found = left_without_heads(bench, method)
     effects = found.left["unrelated"][metric] - found.left["own"][metric]
-    return bench.judge(claim, effects, places=found.places.tolist(), seed=_SEED)
+    return bench.judge(claim, effects, places=found.places.tolist(), seed=bench.seed)
 
 
 def heads_of_related_categories_hurt_more(bench: Workbench, method: str, metric: str) -> Verdict:
@@ -374,5 +376,5 @@ def heads_of_related_categories_hurt_more(bench: Workbench, method: str, metric:
     paper = f"the paper's own {own}, unrelated {unrelated}"
     note = f"cuts {', '.join(cuts)}; {paper}; {found.distinct} different sets of heads"
     return bench.judge(
-        claim, effects, baselines=before[having], places=found.places[having].tolist(), seed=_SEED, note=note
+        claim, effects, baselines=before[having], places=found.places[having].tolist(), seed=bench.seed, note=note
     )

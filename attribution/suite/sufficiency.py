@@ -50,7 +50,6 @@ PROMPTS = 50
 
 _UNITS: tuple[Unit, ...] = ("attention", "ffn")
 _UNIT_NAMES = {"attention": "dimensions of heads", "ffn": "FFN neurons"}
-_SEED = 0
 # Neurons of a dimension rank apart: about so many have to be ranked for one dimension, found by doubling where not.
 _RANKED = 4
 
@@ -81,7 +80,11 @@ def _vectors(candidates: Candidates) -> int:
 
 
 def _kept(
-    found: Sequence[dict[Unit, Candidates]], questions: Sequence[Question], units: Sequence[Unit], method: str
+    found: Sequence[dict[Unit, Candidates]],
+    questions: Sequence[Question],
+    units: Sequence[Unit],
+    method: str,
+    seed: int,
 ) -> dict[Unit, Tensor]:
     """Return what each variant keeps: per prompt the method's shares, then random ones of the same sizes.
 
@@ -94,7 +97,7 @@ def _kept(
         numbers = [round(share * total) for share in SHARES]
         kept[unit] = torch.zeros(len(found), 2, len(SHARES), total, dtype=torch.bool)
         for row, (candidates, question) in enumerate(zip(found, questions, strict=True)):
-            rng = np.random.default_rng([question.seed(_SEED), _UNITS.index(unit)])
+            rng = np.random.default_rng([question.seed(seed), _UNITS.index(unit)])
             orders = (first_vectors(candidates[unit], scorer, max(numbers)), rng.permutation(total).tolist())
             for arm, order in enumerate(orders):
                 for place, number in enumerate(numbers):
@@ -125,8 +128,8 @@ def _left(bench: Workbench, method: str, units: Sequence[Unit]) -> dict[str, npt
     each = 2 * len(SHARES)
     for rows, batch in batches_of(bench.model, questions, variants=each):
         part = [questions[row] for row in rows]
-        found = all_candidates(bench.model, part, batch, wanted, seed=_SEED, steps=STEPS)
-        kept = _kept(found, part, units, method)
+        found = all_candidates(bench.model, part, batch, wanted, seed=bench.seed, steps=STEPS)
+        kept = _kept(found, part, units, method, bench.seed)
         repeated = torch.arange(len(rows), device=batch.ids.device).repeat_interleave(each)
         edits = _all_but(kept, means, bench.model.anatomy.layers)
         logits = rerun(bench.model, batch.repeat_rows(repeated), edits)
@@ -165,6 +168,7 @@ def top_neurons_keep_more_than_random_ones(bench: Workbench, method: str, metric
         effect=f"{METRIC_NAMES[metric]} left by the method's minus that left by random ones, averaged over the shares",
         test="above",
         threshold=0,
+        family="sufficiency",
         control="the same prompts with as many random ones kept",
         min_prompts=PROMPTS,
         method=method,
@@ -173,7 +177,7 @@ def top_neurons_keep_more_than_random_ones(bench: Workbench, method: str, metric
     if not units:
         return not_applicable(bench, claim, "the method does not score neurons")
     kept, random = _measured(bench, method, units)[metric].mean(-1).T
-    return bench.judge(claim, kept - random, places=bench.part(PROMPTS), seed=_SEED)
+    return bench.judge(claim, kept - random, places=bench.part(PROMPTS), seed=bench.seed)
 
 
 def top_neurons_keep_more_than_their_share(bench: Workbench, method: str, metric: str) -> Verdict:
@@ -204,4 +208,4 @@ def top_neurons_keep_more_than_their_share(bench: Workbench, method: str, metric
     note = "kept, at random: " + "; ".join(
         f"{share:.0%} of neurons {own:.2f}, {drawn:.2f}" for share, own, drawn in zip(SHARES, *curve, strict=True)
     )
-    return bench.judge(claim, left[:, 0].mean(-1), baselines=before, places=places, seed=_SEED, note=note)
+    return bench.judge(claim, left[:, 0].mean(-1), baselines=before, places=places, seed=bench.seed, note=note)

@@ -59,6 +59,7 @@ def value_neurons_cut(bench: Workbench, method: str, metric: str, kind: str = "z
         effect=_fall(metric),
         test="above",
         threshold=CUTS[metric],
+        family="deletion",
         control=f"{total} random neurons, judged by the equivalence claims",
         min_prompts=MIN_PROMPTS,
         method=method,
@@ -74,7 +75,7 @@ def value_neurons_cut(bench: Workbench, method: str, metric: str, kind: str = "z
 
 def random_neurons_have_no_effect(bench: Workbench, method: str, seed: int, metric: str) -> Verdict:
     """Judge as many neurons drawn uniformly from all neurons of each unit, anew for every prompt."""
-    budget = budget_of(bench, method)
+    budget, seed = budget_of(bench, method), bench.seed + seed
     total = sum(budget.values())
     claim = Claim(
         id=f"{total} random neurons, seed {seed}: {metric}",
@@ -83,6 +84,7 @@ def random_neurons_have_no_effect(bench: Workbench, method: str, seed: int, metr
         effect=_fall(metric),
         test="within",
         threshold=MARGIN,
+        family="equivalence",
         control=f"{total} value neurons, judged by the deletion claims",
         min_prompts=MIN_PROMPTS,
         method=method,
@@ -123,7 +125,7 @@ def _left_by_matched(bench: Workbench, method: str, seed: int) -> tuple[dict[str
 
 def matched_neurons_have_no_effect(bench: Workbench, method: str, metric: str, seed: int = 0) -> Verdict:
     """Report the harder control: neurons of the same layers that write vectors of about the same norm."""
-    budget = budget_of(bench, method)
+    budget, seed = budget_of(bench, method), bench.seed + seed
     total = sum(budget.values())
     claim = Claim(
         id=f"{total} matched neurons: {metric}",
@@ -149,7 +151,7 @@ def matched_neurons_have_no_effect(bench: Workbench, method: str, metric: str, s
 
 def value_neurons_beat_matched_ones(bench: Workbench, method: str, metric: str, seed: int = 0) -> Verdict:
     """Judge that what value neurons take is no matter of their layers and norms."""
-    budget = budget_of(bench, method)
+    budget, seed = budget_of(bench, method), bench.seed + seed
     total = sum(budget.values())
     claim = Claim(
         id=f"{total} value neurons vs matched: {metric}",
@@ -159,6 +161,7 @@ def value_neurons_beat_matched_ones(bench: Workbench, method: str, metric: str, 
         effect=f"what matched neurons leave of mean {metric} minus what value neurons leave, as a share of its start",
         test="above",
         threshold=0.5,
+        family="deletion",
         control="the same prompts with the matched neurons",
         min_prompts=MIN_PROMPTS,
         method=method,
