@@ -44,6 +44,7 @@ CLAIM_MARKERS = {
 _VERDICT = "attribution_verdict"
 _MEASURED = "attribution_measured"
 _EXHIBIT = "attribution_exhibit"
+_ABOUT = "about_models"
 _RECORDED = pytest.StashKey[set[tuple[str, object]]]()
 _FACTS = pytest.StashKey[dict[str, "ModelFacts"]]()
 _OWN_PROMPTS: pytest.StashKey[Knowledge] = pytest.StashKey()
@@ -167,6 +168,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{marker}: claims about {names}")
     for marker, meaning in CLAIM_MARKERS.items():
         config.addinivalue_line("markers", f"{marker}: {meaning}")
+    config.addinivalue_line("markers", f"{_ABOUT}(*names): what is known of these registered models alone")
     config.pluginmanager.register(_VerdictTable(), "attribution-verdict-table")
     # As with the gate below: workers report to the one process that writes.
     if config.getoption(REPORT) is not None and not hasattr(config, "workerinput") and not config.option.collectonly:
@@ -270,10 +272,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("attribution_category", _chosen_categories(metafunc.config))
 
 
+def _about_another_model(item: pytest.Item) -> bool:
+    """Say whether a test is marked as being about other models than the one that it would run on."""
+    marker = item.get_closest_marker(_ABOUT)
+    if marker is None:
+        return False
+    unknown = [name for name in marker.args if name not in registry()]
+    if unknown or not marker.args:
+        raise pytest.UsageError(f"{item.nodeid}: {_ABOUT}{marker.args} must name models of: {', '.join(registry())}.")
+    named: str = getattr(item, "callspec").params["attribution_model"]  # noqa: B009 - an Item need not have it
+    return all(named not in (name, registry()[name].source) for name in marker.args)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out models that need the network, unless ``-m`` names them: plain pytest needs none."""
     elsewhere = _elsewhere(config)
-    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in elsewhere)]
+    left_out = [
+        item
+        for item in items
+        if any(item.get_closest_marker(marker) for marker in elsewhere) or _about_another_model(item)
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)
