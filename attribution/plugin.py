@@ -277,11 +277,14 @@ def _about_another_model(item: pytest.Item) -> bool:
     marker = item.get_closest_marker(_ABOUT)
     if marker is None:
         return False
-    unknown = [name for name in marker.args if name not in registry()]
-    if unknown or not marker.args:
-        raise pytest.UsageError(f"{item.nodeid}: {_ABOUT}{marker.args} must name models of: {', '.join(registry())}.")
-    named: str = getattr(item, "callspec").params["attribution_model"]  # noqa: B009 - an Item need not have it
-    return all(named not in (name, registry()[name].source) for name in marker.args)
+    callspec = getattr(item, "callspec", None)
+    runs_on: str | None = None if callspec is None else callspec.params.get("attribution_model")
+    if runs_on is None or not marker.args or not set(marker.args) <= set(registry()):
+        raise pytest.UsageError(
+            f"{item.nodeid} is marked {_ABOUT}{marker.args}; use attribution_model in it, and name models of: "
+            f"{', '.join(registry())}."
+        )
+    return all(runs_on not in (name, registry()[name].source) for name in marker.args)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
