@@ -135,6 +135,7 @@ class Recount:
         self._rankings: dict[tuple[Unit, int], Ranking] = {}
         self._woken: dict[tuple[tuple[Neuron, ...], SubkeyKind], Woken] = {}
         self._squares: dict[tuple[Neuron, ...], Tensor] = {}
+        self._patterns: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, model: Model, figures: Figures) -> Recount:
@@ -222,12 +223,11 @@ class Recount:
 
     def attention_weights(self, sentence: str, head: Head) -> Ranked[int]:
         """Return the weights with which the last position of a prompt looks at each position through a head."""
-        seen = self.seen
-        if sentence != self.question.text:
+        if sentence not in self._patterns:
             ids = encode(self.model.tokenizer, sentence, context=self.model.anatomy.context)
-            seen = read_activations(self.model, pad([ids], device=self.model.device), logits=False)
-        pattern = seen.pattern[head.layer, 0, head.head].double()
-        weights = pattern[-1] if pattern.ndim == 2 else pattern
+            batch = pad([ids], device=self.model.device)
+            self._patterns[sentence] = read_activations(self.model, batch, logits=False).pattern[:, 0].double()
+        weights = self._patterns[sentence][head.layer, head.head]
         # A weight that underflowed is zero in any float32 run.
         sizes = weights.clamp_min(torch.finfo(torch.float32).tiny).log().abs()
         errors = weights * self.rounding.relative * sizes.max()

@@ -63,9 +63,7 @@ class Comparison:
         first = int(self.recount.logits.argmax())
         yield same("token id", printed["analysed"]["id"], first)
         yield same("token id as an answer", question.answer_id, first)
-        yield same(
-            "token", self.recount.vocabulary.plain(printed["analysed"]["text"]), self.recount.vocabulary.text(first)
-        )
+        yield self._same_tokens("token", [printed["analysed"]["text"]], [first])
 
     def _layers(self, printed: Figures) -> Iterator[Difference]:
         found, tolerance = self.recount.layers(), self._of_nats(printed["decimals"])

@@ -13,7 +13,8 @@ of the two logits of a difference, through 2 L + 2 such sums one after the other
 is the relative error of a logit, or of what an attention score or the input of a neuron is made of. From r follow, and
 nothing was tuned by what the figures are:
 
-    log p, and log p(x + v) - log p(x):  r log V; log V is about the largest |log p(w)| of a token that is no surprise
+    log p, and log p(x + v) - log p(x):  r log V; log V is |log p(w)| of a token as likely as all others, where the
+                                         stream of a prompt starts
     logits of a vector:                  r max |logit|
     an attention weight alpha:           alpha r max |log alpha| of its row
     query scores:                        see :mod:`attribution.published.recount`
