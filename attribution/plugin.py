@@ -44,6 +44,7 @@ CLAIM_MARKERS = {
     "reported": "measured and shown, not asserted",
     "knowledge": "a model knows facts of a category",
 }
+_ABOUT = "about_models"
 _RECORDED = pytest.StashKey[set[tuple[str, object]]]()
 _FACTS = pytest.StashKey[dict[str, "ModelFacts"]]()
 _LOADED = pytest.StashKey[dict[str, str]]()
@@ -113,6 +114,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{marker}: claims about {names}")
     for marker, meaning in CLAIM_MARKERS.items():
         config.addinivalue_line("markers", f"{marker}: {meaning}")
+    config.addinivalue_line("markers", f"{_ABOUT}(*names): what is known of these registered models alone")
     revision = config.option.attribution_revision
     about = [entry.name for entry in _chosen_models(config) if _may_run(config.option.markexpr, entry, config)]
     if revision is not None and len(about) != 1:
@@ -306,10 +308,24 @@ def _model_of(item: pytest.Item) -> str | None:
     return None if callspec is None else callspec.params.get("attribution_model")
 
 
+def _about_another_model(item: pytest.Item) -> bool:
+    """Say whether a test is marked as being about other models than the one that it would run on."""
+    marker = item.get_closest_marker(_ABOUT)
+    if marker is None:
+        return False
+    runs_on = _model_of(item)
+    if runs_on is None or not marker.args or not set(marker.args) <= set(registry()):
+        raise pytest.UsageError(
+            f"{item.nodeid} is marked {_ABOUT}{marker.args}; use attribution_model in it, and name models of: "
+            f"{', '.join(registry())}."
+        )
+    return all(runs_on not in (name, registry()[name].source) for name in marker.args)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out models that need the network, unless ``-m`` or ``--model`` names them: plain pytest needs none."""
     names = _left_out(config)
-    left_out = [item for item in items if _model_of(item) in names]
+    left_out = [item for item in items if _model_of(item) in names or _about_another_model(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)

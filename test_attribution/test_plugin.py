@@ -69,6 +69,43 @@ def test_a_marker_selects_its_model_and_no_other(suite: pytest.Pytester, express
     assert {re.sub(r".*\[(.*)-(good|bad)\]", r"\1", name) for name in names if "[" in name} == models
 
 
+ABOUT = """
+import pytest
+
+@pytest.mark.about_models({names})
+def test_claim({argument}):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "models"),
+    [
+        ([], {"bundled-llama"}),
+        (["-m", "gpt2"], {"gpt2"}),
+        (["-m", "llama"], set()),
+        (["--model=bundled:gpt2"], set()),
+        (["--model=openai-community/gpt2"], {"gpt2"}),
+    ],
+)
+def test_what_is_about_some_models_is_collected_for_those_alone(
+    pytester: pytest.Pytester, options: list[str], models: set[str]
+) -> None:
+    pytester.makepyfile(ABOUT.format(names="'bundled:llama', 'gpt2'", argument="attribution_model"))
+    names = _collected(pytester.runpytest_subprocess("--collect-only", "-q", "--strict-markers", *options))
+    assert {re.sub(r".*\[(.*)\]", r"\1", name) for name in names} == models
+
+
+@pytest.mark.parametrize(
+    ("names", "argument"), [("'gpt3'", "attribution_model"), ("", "attribution_model"), ("'gpt2'", "")]
+)
+def test_what_is_about_no_registered_model_is_an_error(pytester: pytest.Pytester, names: str, argument: str) -> None:
+    pytester.makepyfile(ABOUT.format(names=names, argument=argument))
+    result = pytester.runpytest_subprocess("--collect-only")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: *test_claim* is marked about_models*name models of: bundled:gpt2, *"])
+
+
 def test_unknown_markers_are_errors(suite: pytest.Pytester) -> None:
     suite.makepyfile(test_typo="import pytest\n@pytest.mark.gtp2\ndef test_it(): pass")
     result = suite.runpytest_subprocess("-m", "bundled", "--collect-only")

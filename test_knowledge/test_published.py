@@ -1,0 +1,22 @@
+"""What the authors' notebooks printed for the paper's models is what this engine computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from attribution.claims import Verdict
+from attribution.paper import PAPER_MODELS
+from attribution.published import sections
+from attribution.published.figures import SECTIONS
+from attribution.workbench import Workbench
+
+pytestmark = [pytest.mark.knowledge, pytest.mark.identity, pytest.mark.about_models(*PAPER_MODELS)]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_engine_computes_what_the_notebook_printed(
+    attribution_bench: Workbench, section: str, assert_claim: Callable[[Verdict], None]
+) -> None:
+    assert_claim(sections.agrees_with_the_notebook(attribution_bench, section))
