@@ -46,6 +46,8 @@ class Entry:
     known_share_reason: str
     knowledge: tuple[str, ...] = ()
     not_supported: dict[str, str] = field(default_factory=dict)
+    revision: str = ""
+    dtype: str = "float32"
 
     @property
     def bundled(self) -> bool:
