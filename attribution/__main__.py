@@ -83,17 +83,27 @@ def _add_preflight(commands: Any) -> None:
 
 def _add_loading(parser: Any) -> None:
     parser.add_argument("--models-dir", type=Path, metavar="DIR", help="folder of model folders, used before the hub")
-    parser.add_argument("--device", default="cpu", help="where the weights go (%(default)s)")
-    parser.add_argument("--dtype", choices=_DTYPES, default=_DTYPES[0], help="type of the weights (%(default)s)")
+    parser.add_argument("--device", metavar="DEVICE", help="where the weights go (cpu)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="type of the weights (the registered one, or float32)")
+    parser.add_argument(
+        "--revision", metavar="REVISION", help="branch, tag or commit on the hub (the registered one, or its default)"
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pickled weights where a model has no safetensors"
+    )
 
 
 def _load(options: argparse.Namespace) -> Model:
-    import torch
-
     from attribution.model import load
 
-    dtype = getattr(torch, options.dtype)
-    return load(options.model, device=options.device, dtype=dtype, models_dir=options.models_dir)
+    return load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        revision=options.revision,
+        models_dir=options.models_dir,
+        allow_pickle=options.allow_pickle,
+    )
 
 
 def _print(text: str) -> None:

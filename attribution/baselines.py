@@ -100,7 +100,7 @@ def facts_of(model: Model) -> ModelFacts:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return ModelFacts(
         weights=f"sha256:{digest.hexdigest()}",
-        revision=getattr(network.config, "_commit_hash", None),
+        revision=model.revision or None,
         dtype=str(model.anatomy.readout.unembedding.dtype).removeprefix("torch."),
         device=model.device.type,
     )

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from attribution.anatomy import Anatomy, read_anatomy
-from attribution.errors import AttributionError, BadInputError, ModelError
-from attribution.families import family_of
+from attribution.errors import AttributionError, BadInputError, ModelError, UnsupportedModelError
+from attribution.families import FAMILIES, family_of
+from attribution.hub import Fetched, cause_of, fetch, weights_file
 from attribution.records import NEURON_UNITS, Unit
 from attribution.registry import BUNDLED, entry_of, registry
 from attribution.trace import open_network
 from attribution.vectors import VectorTable
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "load", "locate"]
+
+# Types that every operation of a forward pass is there for, on every device.
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +35,16 @@ class Model:
         network: The model under nnsight.
         anatomy: Sizes, weights and module paths.
         tokenizer: Its tokenizer.
+        source: The folder or the hub id that it was loaded from.
+        revision: The commit on the hub that was loaded; empty for a folder.
     """
 
     name: str
     network: Any = field(repr=False)
     anatomy: Anatomy
     tokenizer: Any = field(repr=False)
+    source: str = ""
+    revision: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +53,9 @@ class Model:
 
     def described(self) -> str:
         """Return in words what was loaded."""
-        return f"{self.name}: {str(self.anatomy.readout.unembedding.dtype).removeprefix('torch.')} on {self.device}"
+        dtype = str(self.anatomy.readout.unembedding.dtype).removeprefix("torch.")
+        whence = f"{self.source} at {self.revision}, " if self.revision else ""
+        return f"{self.name}: {whence}{dtype} on {self.device}"
 
     @cached_property
     def _tables(self) -> dict[Unit, VectorTable]:
@@ -59,7 +69,7 @@ class Model:
 def load(
     name: str,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     remote: bool = False,
@@ -68,56 +78,137 @@ def load(
 ) -> Model:
     """Load a model.
 
+    From the hub come a config, a tokenizer and safetensors of one commit, verified and kept in the hub's cache. Code
+    from a model's repository is never run, and there is no switch for it: an architecture that comes as code has no
+    anatomy here, so its neurons could not be attributed anyway.
+
     Args:
         name: ``"bundled:gpt2"`` or ``"bundled:llama"``; a registered name such as ``"gpt2"``; a hub id
             ``"org/name"``; or a folder in the layout of ``save_pretrained``.
-        device: Where the weights go.
-        dtype: Type of the weights. Scores are computed in float64 whatever it is.
-        revision: Branch, tag or commit on the hub.
+        device: Where the weights go; ``"cpu"`` when ``None``.
+        dtype: Type of the weights, or its name; when ``None``, that of the registry, and float32 for a model that is
+            not registered. Scores are computed in float64 whatever it is.
+        revision: Branch, tag or commit on the hub; when ``None``, the registered one or else the default branch.
         remote: Machines that hold the weights elsewhere; not supported yet.
         models_dir: Folder of model folders, looked in before the hub: ``models_dir/gpt2`` and so on; the
             environment variable ``ATTRIBUTION_MODELS`` when ``None``.
+        allow_pickle: Read pickled weights (``pytorch_model.bin``) where there are no safetensors.
 
     Raises:
-        ModelError: If the model cannot be found or loaded.
+        BadInputError: If an argument cannot be used.
+        ModelError: If the model cannot be found, fetched or loaded.
         UnsupportedModelError: If its architecture has no anatomy.
     """
     if remote:
         raise BadInputError(f"remote={remote!r} is not supported yet; load the model here with remote=False.")
-    if not isinstance(name, str) or not name.strip():
-        raise BadInputError(f"model name {name!r} is not a name; use {', '.join(registry())} or a folder.")
+    _check_names(name, revision)
+    place, kind = _device(device), _dtype(dtype if dtype is not None else entry_of(name).dtype)
     source = _find(name, models_dir)
-    device = device or "cpu"
-    dtype = dtype or entry_of(name).dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    fetched = locate(name, revision=revision, models_dir=models_dir, allow_pickle=allow_pickle)
+    folder, commit = fetched.folder, fetched.commit
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        family_of(config, name)
-        network = open_network(source, dtype=dtype, device=device, revision=revision)
+        _refuse_code(folder, name)
+        family_of(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
+        pickled = allow_pickle and weights_file({each.name for each in folder.iterdir()}, allow_pickle=False) is None
+        network = open_network(folder, dtype=kind, device=place, pickled=pickled)
     except AttributionError:
         raise
-    except Exception as error:  # Hub clients, safetensors and transformers raise many kinds; each gets one sentence.
-        raise ModelError(_why_not(name, source, error)) from None
-    return Model(name, network, read_anatomy(network._module, name), network.tokenizer)
+    except Exception as error:  # safetensors and transformers raise many kinds; each gets one sentence.
+        raise ModelError(_why_not(name, folder, error, from_hub=bool(commit))) from None
+    return Model(name, network, read_anatomy(network._module, name), network.tokenizer, str(source), commit)
 
 
-def _why_not(name: str, source: str, error: Exception) -> str:
+def locate(
+    name: str,
+    *,
+    revision: str | None = None,
+    models_dir: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+) -> Fetched:
+    """Return the folder that holds a model's files, downloaded if need be, without loading it.
+
+    Args:
+        name: See :func:`load`, as for the others.
+        revision: Branch, tag or commit on the hub.
+        models_dir: Folder of model folders.
+        allow_pickle: Take pickled weights where there are no safetensors.
+
+    Raises:
+        BadInputError: If an argument cannot be used.
+        ModelError: If the model cannot be found or fetched.
+    """
+    _check_names(name, revision)
+    source = _find(name, models_dir)
+    if isinstance(source, str):
+        asked = revision or entry_of(name).revision or None
+        return fetch(source, asked, name=name, allow_pickle=allow_pickle)
+    if revision is not None:
+        raise BadInputError(
+            f"revision {revision!r} would be ignored, as model {name!r} is the folder {str(source)!r}; leave the "
+            "revision out, or load it from the hub."
+        )
+    return Fetched(source, "")
+
+
+def _check_names(name: object, revision: object) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise BadInputError(f"model name {name!r} is not a name; use {', '.join(registry())} or a folder.")
+    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
+        raise BadInputError(f"revision {revision!r} is not a name; use a branch, tag or commit, or leave it out.")
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    """Return a device that is there."""
+    if given is None:
+        return torch.device("cpu")
+    there = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        there += [accelerator.type, *(f"{accelerator.type}:{each}" for each in range(torch.accelerator.device_count()))]
+    try:
+        device = torch.device(given)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # Each backend complains in its own way.
+        raise BadInputError(
+            f"device {str(given)!r} is not one that torch has here ({cause_of(error)}); use one of {', '.join(there)}."
+        ) from None
+    return device
+
+
+def _dtype(given: torch.dtype | str) -> torch.dtype:
+    """Return a type of weights by itself or by name."""
+    named = _DTYPES.get(given) if isinstance(given, str) else given
+    if named is None or named not in _DTYPES.values():
+        raise BadInputError(f"dtype {given!r} is no type of weights here; use one of {', '.join(_DTYPES)}.")
+    return named
+
+
+def _refuse_code(folder: Path, name: str) -> None:
+    """Complain of an architecture that comes as code; where transformers has it too, that is used instead."""
+    config, _ = PretrainedConfig.get_config_dict(folder)
+    if "auto_map" in config and config.get("model_type") not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model {name!r} needs code of its own repository (auto_map in its config.json), which is never run; use a "
+            f"model of one of the families {', '.join(sorted(FAMILIES))}."
+        )
+
+
+def _why_not(name: str, folder: Path, error: Exception, *, from_hub: bool) -> str:
     """Return one sentence on why a model cannot be loaded, with what to do."""
-    cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
-    if Path(source).is_dir():
+    cause = f"{type(error).__name__}: {cause_of(error)}"
+    if from_hub:
         return (
-            f"model {name!r} cannot be loaded from the folder {source!r} ({cause}); it must hold config.json, "
-            "model.safetensors and a tokenizer, as save_pretrained writes them."
+            f"model {name!r} cannot be loaded from its copy in the hub's cache ({cause}); choose another revision or "
+            f"model, or remove {str(folder.parents[1])!r} to download it again."
         )
     return (
-        f"model {name!r} cannot be loaded from the hub as {source!r} ({cause}); go online (and log in if it is gated), "
-        f"put its files in DIR/{name} and pass --models-dir=DIR or set ATTRIBUTION_MODELS=DIR, or choose a bundled "
-        "model."
+        f"model {name!r} cannot be loaded from the folder {str(folder)!r} ({cause}); it must hold config.json, "
+        "model.safetensors and a tokenizer, as save_pretrained writes them."
     )
 
 
-def _find(name: str, models_dir: str | os.PathLike[str] | None) -> str:
-    """Return the folder or hub id that a name stands for."""
+def _find(name: str, models_dir: str | os.PathLike[str] | None) -> Path | str:
+    """Return the folder, as a path, or the hub id, as a string, that a name stands for."""
     entries = registry()
     if name.startswith(BUNDLED):
         if name not in entries:
@@ -126,21 +217,21 @@ def _find(name: str, models_dir: str | os.PathLike[str] | None) -> str:
         folder = entries[name].folder
         if not folder.is_dir():
             raise ModelError(f"model {name!r} is missing from {folder}; reinstall the package or train it again.")
-        return str(folder)
+        return folder
     directory = models_dir or os.environ.get("ATTRIBUTION_MODELS")
     if directory:
         local = Path(directory) / name
         if local.is_dir():
-            return str(local)
+            return local
         if name in entries:
             raise ModelError(
                 f"model {name!r} is not in the models folder {str(directory)!r}; put its files in {local}, or leave "
                 "--models-dir and ATTRIBUTION_MODELS out to use the hub."
             )
     if Path(name).is_dir():
-        return name
+        return Path(name)
     if name in entries:
-        return entries[name].source
+        return Path(entries[name].source) if entries[name].local else entries[name].source
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.count("/") == 0:
         raise ModelError(
             f"model {name!r} is neither a folder nor a known name; use {', '.join(entries)}, a folder, or a hub id "

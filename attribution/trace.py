@@ -100,16 +100,16 @@ class Edits:
     sources: Mapping[int, Replacement] = field(default_factory=dict)
 
 
-def open_network(source: str, *, dtype: torch.dtype, device: str, revision: str | None) -> Any:
+def open_network(folder: Path, *, dtype: torch.dtype, device: str | torch.device, pickled: bool = False) -> Any:
     """Load a causal language model under nnsight, with attention weights visible and gradients off.
 
-    Only safetensors are read and no code from the model's repository is run.
+    No code from the model's repository is run.
 
     Args:
-        source: Hub id or folder.
+        folder: The model's files.
         dtype: Type of the weights.
         device: Where they go.
-        revision: Branch, tag or commit on the hub.
+        pickled: Read pickled weights; otherwise only safetensors.
 
     Raises:
         ModelError: If weights are missing, which transformers would fill with random numbers.
@@ -117,24 +117,23 @@ def open_network(source: str, *, dtype: torch.dtype, device: str, revision: str 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    where = {"revision": revision or "main", "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.encode("a"):
         # transformers makes an empty GPT-2 tokenizer of a folder that has none.
-        raise ModelError(f"model {source!r} has no tokenizer; put its tokenizer.json beside the weights.")
-    # Downloads show their progress; a bar for reading a folder would only stand in the way of the answer.
-    silence = Path(source).is_dir() and logging.is_progress_bar_enabled()
+        raise ModelError(f"model {str(folder)!r} has no tokenizer; put its tokenizer.json beside the weights.")
+    # Reading a folder is short: its bar would only stand in the way of the answer.
+    silence = logging.is_progress_bar_enabled()
     if silence:
         logging.disable_progress_bar()
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
-            source,
+            folder,
             dtype=dtype,
             # Fused attention kernels do not return attention weights; "eager" does.
             attn_implementation="eager",
-            use_safetensors=True,
+            use_safetensors=not pickled,
             output_loading_info=True,
-            **where,
+            trust_remote_code=False,
         )
     finally:
         if silence:
@@ -142,8 +141,8 @@ def open_network(source: str, *, dtype: torch.dtype, device: str, revision: str 
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise ModelError(
-            f"model {source!r} lacks {len(names)} weights, such as {names[0]}, in its safetensors; download it again "
-            "or train it whole."
+            f"model {str(folder)!r} lacks {len(names)} weights, such as {names[0]}; download it again or train it "
+            "whole."
         )
     module.requires_grad_(requires_grad=False)
     return wrap(module.to(device), tokenizer)
