@@ -54,8 +54,10 @@ class Model:
     def described(self) -> str:
         """Return in words what was loaded."""
         dtype = str(self.anatomy.readout.unembedding.dtype).removeprefix("torch.")
-        whence = f"{self.source} at {self.revision}, " if self.revision else ""
-        return f"{self.name}: {whence}{dtype} on {self.device}"
+        whence = [f"{self.source} at {self.revision}"] if self.revision else []
+        if not (whence or self.name.startswith(BUNDLED) or self.source in ("", self.name)):
+            whence = [self.source]
+        return f"{self.name}: {', '.join([*whence, f'{dtype} on {self.device}'])}"
 
     @cached_property
     def _tables(self) -> dict[Unit, VectorTable]:

@@ -9,8 +9,10 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,7 @@ _FACTS = pytest.StashKey[dict[str, "ModelFacts"]]()
 _LOADED = pytest.StashKey[dict[str, str]]()
 _OWN_PROMPTS: pytest.StashKey[Knowledge] = pytest.StashKey()
 _DECLARED = pytest.StashKey[list[str]]()
+_FETCHED = pytest.StashKey[set[str]]()
 
 
 class PluginHooks:
@@ -270,16 +273,62 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    left_out = _left_out(config)
-    ids = sorted((_id_of(entry) for entry in _chosen_models(config) if entry.name not in left_out), key=len)
-
     class ByModel(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            parameters = nodeid.partition("[")[2]
-            found = [each for each in ids if parameters.startswith((f"{each}-", f"{each}]"))]
-            return found[-1] if found else super()._split_scope(nodeid)
+            entry = _entry_by_id(nodeid, config)
+            return super()._split_scope(nodeid) if entry is None else entry.name
 
     return ByModel(config, log)
+
+
+def _entry_by_id(nodeid: str, config: pytest.Config) -> Entry | None:
+    """Return the model that a test seems to be about by its id, which is all that workers say of it."""
+    parameters, left_out = nodeid.partition("[")[2], _left_out(config)
+    found = [
+        entry
+        for entry in _chosen_models(config)
+        if entry.name not in left_out and parameters.startswith((f"{_id_of(entry)}-", f"{_id_of(entry)}]"))
+    ]
+    return max(found, key=lambda entry: len(_id_of(entry)), default=None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fetch what the tests are about before the first one runs; what cannot be had ends the run in one line."""
+    if not _is_worker(session.config) and not session.config.option.collectonly:
+        _fetch(Counter(name for name in map(_model_of, session.items) if name), session.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """Do the same where workers run the tests: once, and with one progress bar."""
+    config: pytest.Config = node.config
+    found = Counter[str]()
+    for file, tests in groupby(ids, key=lambda nodeid: nodeid.partition("::")[0]):
+        # Somebody's own test may have a parameter that is called as a model.
+        path = config.rootpath / file
+        if not path.is_file() or "attribution_" in path.read_text(encoding="utf-8", errors="replace"):
+            found.update(entry.name for entry in (_entry_by_id(nodeid, config) for nodeid in tests) if entry)
+    _fetch(found, config)
+
+
+def _fetch(models: Mapping[str, int], config: pytest.Config) -> None:
+    """Fetch models, each with the number of tests that are about it."""
+    options, fetched = config.option, config.stash.setdefault(_FETCHED, set())
+    for name, tests in models.items():
+        if entry_of(name).bundled or name in fetched:
+            continue
+        from attribution.model import locate
+
+        fetched.add(name)
+        try:
+            locate(
+                name,
+                revision=options.attribution_revision,
+                models_dir=options.attribution_models_dir,
+                allow_pickle=bool(options.attribution_allow_pickle),
+            )
+        except AttributionError as error:
+            raise pytest.UsageError(f"{error} {tests} tests wait for it.") from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
