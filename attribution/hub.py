@@ -329,7 +329,8 @@ def _unreachable(error: Exception, wanted: _Wanted) -> str:
         f"model {wanted.name!r} cannot be fetched, as the hub at {constants.ENDPOINT} cannot be reached ({cause}) and "
         f"its cache {constants.HF_HUB_CACHE!r} has no whole copy of {wanted.repo!r}"
         f"{f' at {wanted.revision}' if wanted.revision else ''}; "
-        f"{'unset HF_HUB_OFFLINE and go online' if offline else 'go online'} (and log in if it is gated), {wanted.elsewhere}."
+        f"{'unset HF_HUB_OFFLINE and go online' if offline else 'go online'} (and log in if it is gated), "
+        f"{wanted.elsewhere}."
     )
 
 

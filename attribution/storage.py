@@ -157,6 +157,8 @@ def prune(folder: Path, names: Sequence[str]) -> None:
     for name, path in zip(names, paths, strict=True):
         if not path.is_file():
             there = ", ".join(names_in(folder)) or "none"
-            raise BadInputError(f"there is no baseline {name!r} in {folder} (there: {there}); nothing was removed.")
+            raise BadInputError(
+                f"there is no baseline {name!r} in {folder} (there: {there}); nothing was removed, name one of those."
+            )
     for path in paths:
         path.unlink(missing_ok=True)

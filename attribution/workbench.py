@@ -21,11 +21,14 @@ from attribution.model import Model
 from attribution.questions import Question, question_of
 from attribution.registry import Entry, entry_of
 from attribution.selection_rule import one_token_words
+from attribution.tokens import answer_tokens
 
 __all__ = ["Workbench", "prompt_key"]
 
 T = TypeVar("T")
 
+# Fewer say little of an engine that is checked on them.
+_ENOUGH = 24
 OWN_PROMPTS = "the prompts are one's own: only more than with swapped answers"
 
 
@@ -74,6 +77,24 @@ class Workbench:
     def known(self) -> list[Prompt]:
         """The prompts that the model answers by the selection rule."""
         return known_prompts(self.model, self.knowledge.prompts, self.knowledge.words)
+
+    @cached_property
+    def of_the_engine(self) -> Workbench:
+        """The bench that the engine itself is checked on: this one, unless the model knows next to nothing.
+
+        What the engine computes has to be right whether or not the model is: there, all counts that can be asked.
+        """
+        if len(self.prompts) >= min(_ENOUGH, self.max_prompts or _ENOUGH):
+            return self
+        whole = Workbench(
+            self.model, self.knowledge, max_prompts=self.max_prompts, seed=self.seed, progress=self.progress
+        )
+        whole.known = [
+            prompt
+            for prompt in self.knowledge.prompts
+            if len(answer_tokens(self.model.tokenizer, prompt.text, prompt.answer)) == 1
+        ]
+        return whole
 
     @cached_property
     def known_with_swapped_answers(self) -> list[Prompt]:

@@ -18,4 +18,4 @@ pytestmark = pytest.mark.identity
 def test_residual_stream_is_the_sum_of_its_parts(
     attribution_bench: Workbench, identity: str, assert_claim: Callable[[Verdict], None]
 ) -> None:
-    assert_claim(residual_stream_is_the_sum(attribution_bench, identity))
+    assert_claim(residual_stream_is_the_sum(attribution_bench.of_the_engine, identity))

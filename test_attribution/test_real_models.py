@@ -1,0 +1,83 @@
+"""The path of real models, up to the weights: a random model of GPT-2's exact shape goes through ``pytest -m gpt2``."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from attribution.registry import entry_of
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[1]
+# Two categories, and few prompts: what is wrong on these is wrong on all.
+CONFTEST = "def pytest_attribution_categories(): return ['color', 'month']"
+CUTS = ("--max-prompts=24", "-n0", "-p", "no:randomly")
+
+
+def _suite() -> list[str]:
+    """What runs the claims: the installed package, or the folders of a development install."""
+    if importlib.util.find_spec("attribution.test_faithfulness"):
+        return ["--pyargs", "attribution.test_faithfulness", "attribution.test_knowledge"]
+    return [".", *(str(ROOT / name) for name in ("test_faithfulness", "test_knowledge")), "--rootdir=."]
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``gpt2``: its shape, random weights, and its tokenizer where that is at hand."""
+    folder = tmp_path_factory.mktemp("models")
+    config = AutoConfig.for_model("gpt2")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "gpt2")
+    real = ROOT.parent / "shared" / "gpt2-tokenizer"
+    for path in (real if real.is_dir() else entry_of("bundled:gpt2").folder).iterdir():
+        if path.suffix in (".json", ".txt") and path.name not in ("config.json", "generation_config.json"):
+            shutil.copyfile(path, folder / "gpt2" / path.name)
+    assert len(AutoTokenizer.from_pretrained(folder / "gpt2")) <= config.vocab_size == 50257
+    return folder
+
+
+def test_random_model_of_gpt2s_shape_is_sound_and_knows_nothing(pytester: pytest.Pytester, models_dir: Path) -> None:
+    pytester.makeconftest(CONFTEST)
+    pytester.makeini("[pytest]\naddopts = --strict-markers --import-mode=importlib -p no:cacheprovider\n")
+    result = pytester.runpytest_subprocess(*_suite(), "-m", "gpt2", f"--models-dir={models_dir}", *CUTS)
+    text = result.stdout.str()
+    outcomes = result.parseoutcomes()
+    # Nothing of it is asserted but that the engine is right.
+    assert result.ret == pytest.ExitCode.OK, text
+    assert outcomes.keys() <= {"passed", "deselected"}, outcomes
+    assert outcomes["passed"] > 150
+    result.stdout.fnmatch_lines([f"attribution: gpt2 from {models_dir / 'gpt2'} in float32 on cpu"])
+    asserted, _, reported = text.partition("reported, not asserted")
+    sound = Counter(re.findall(r"^gpt2  .* (supported|refuted|inconclusive)\b", asserted, re.MULTILINE))
+    assert sound.keys() == {"supported"}
+    assert sound["supported"] >= 20
+    for claim in ("sum: all neurons", "scores by definition: ffn", "ablation by hand: zero", "judge: known verdicts"):
+        assert re.search(rf"^gpt2  {re.escape(claim)} .* supported$", asserted, re.MULTILINE), claim
+    # What it knows, and all that stands on it, is not there.
+    found = Counter(re.findall(r"^gpt2  .* (supported|refuted|inconclusive)\b", reported, re.MULTILINE))
+    assert found["inconclusive"] > 100
+    assert re.search(r"^gpt2  knows color .* (refuted|inconclusive)$", reported, re.MULTILINE)
+    assert re.search(r"^gpt2  top 10 vs vector_norm: mrr .* inconclusive$", reported, re.MULTILINE)
+    assert re.search(r"^\d+ claims were not binding on gpt2; --attribution-assert makes them so$", text, re.MULTILINE)
+
+    binding = pytester.runpytest_subprocess(
+        *_suite(),
+        "-m",
+        "gpt2 and (knowledge or superiority)",
+        f"--models-dir={models_dir}",
+        *CUTS,
+        "--attribution-assert",
+    )
+    assert binding.ret == pytest.ExitCode.TESTS_FAILED
+    failed = binding.parseoutcomes()
+    assert failed["failed"] > 50
+    assert "errors" not in failed
