@@ -307,7 +307,7 @@ def attribution_model(request: pytest.FixtureRequest, _attribution_threads: None
         problem = str(error)
     if problem:
         # A run that was asked for this model can say nothing without it: one error, not one per test.
-        request.session.shouldfail = problem
+        request.session.shouldfail = f"model {request.param!r} cannot be used"
         pytest.fail(problem, pytrace=False)
     # One progress bar at a time is readable; under xdist there would be one per worker.
     progress = sys.stderr.isatty() and not hasattr(config, "workerinput")
