@@ -414,7 +414,7 @@ def attribution_model(request: pytest.FixtureRequest, _attribution_threads: None
         problem = str(error)
     if problem:
         # A run that was asked for this model can say nothing without it: one error, not one per test.
-        request.session.shouldfail = problem
+        request.session.shouldfail = f"model {request.param!r} cannot be used"
         pytest.fail(problem, pytrace=False)
     config.stash.setdefault(_LOADED, {})[model.name] = model.described()
     if _gated(config):

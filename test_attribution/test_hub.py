@@ -11,7 +11,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,15 @@ PROMPT, ANSWER = "The capital of France is", " Paris"
 NOISE = re.compile(r"traceback|warning|retry|resum|max retries|unauthenticated", re.IGNORECASE)
 # What loads a model and says what came of it, in as many lines as models are given.
 LOAD = """
-import json, sys, attribution as at
+import json, sys, time, attribution as at
+at.load  # Reads torch, which takes its time.
 for name, arguments in json.loads(sys.argv[1]):
+    start = time.monotonic()
     try:
         model = at.load(name, **arguments)
     except at.AttributionError as error:
-        print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        seconds = time.monotonic() - start
+        print(json.dumps({"error": str(error), "kind": type(error).__name__, "seconds": seconds}))
         continue
     ranking = at.attribute(model, "The capital of France is", " Paris", k=10)
     found = [[each.layer, each.index] for each in ranking.neurons]
@@ -47,15 +49,20 @@ for name, arguments in json.loads(sys.argv[1]):
 """
 # Without torch, so that it starts at once.
 FETCH = """
-import json, sys
+import json, sys, time
 from attribution.errors import ModelError
 from attribution.hub import fetch
+start = time.monotonic()
 try:
     fetched = fetch(sys.argv[1], None, name=sys.argv[1])
-    print(json.dumps({"folder": str(fetched.folder), "commit": fetched.commit}))
+    said = {"folder": str(fetched.folder), "commit": fetched.commit}
 except ModelError as error:
-    print(json.dumps({"error": str(error)}))
+    said = {"error": str(error)}
+print(json.dumps(said | {"seconds": time.monotonic() - start}))
 """
+# In seconds: the time to wait for an answer, and for another that the client wants, on a machine with other work. The
+# client by itself tries again for 23 seconds, and transformers lets it do so for one file after another.
+SOON = 15
 
 
 class User:
@@ -181,24 +188,25 @@ def test_a_downloaded_model_needs_no_hub(user: User, tiny: dict[str, bytes], exp
         assert first["commit"] == repository.head
         hub.requests.clear()
         user.extra["HF_HUB_OFFLINE"] = "1"
-        assert user.fetch("org/tiny") == first
+        assert user.fetch("org/tiny")["folder"] == first["folder"]
         assert hub.requests == []
     user.extra.clear()
-    start = time.monotonic()
-    for said in user.load_each(("org/tiny", {}), ("org/tiny", {"revision": repository.head})):
+    assert user.fetch("org/tiny")["seconds"] < SOON
+    *loaded, absent = user.load_each(("org/tiny", {}), ("org/tiny", {"revision": repository.head}), ("org/absent", {}))
+    for said in loaded:
         _same(said, expected)
         assert said["revision"] == repository.head
-    assert time.monotonic() - start < 20
+    assert "cannot be reached" in absent["error"]
+    assert absent["seconds"] < SOON
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(user: User) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         user.endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        start = time.monotonic()
-        message = user.fetch("org/tiny")["error"]
-        assert time.monotonic() - start < 15
-    _is_sentence(message)
-    assert "cannot be reached (timed out)" in message
+        said = user.fetch("org/tiny")
+    assert said["seconds"] < SOON
+    _is_sentence(said["error"])
+    assert "cannot be reached (timed out)" in said["error"]
 
 
 def test_a_copy_that_is_not_whole_is_not_used_without_the_hub(
@@ -355,6 +363,11 @@ REFUSALS: dict[str, tuple[Repository | None, dict[str, object], list[str]]] = {
         {},
         ["is gated on the hub (HTTP 401)", "accept its licence on", *LOG_IN],
     ),
+    "org/forbidden": (
+        _refused(refuse_files=(403, "")),
+        {},
+        ["(HTTP 403)", "private, gated or does not exist", "check its id", *LOG_IN],
+    ),
     "org/tagged": (_refused(), {"revision": "v9"}, ["has no revision 'v9' on the hub", "leave the revision out"]),
     "org/down": (
         _refused(refuse_list=(503, "")),
@@ -488,10 +501,8 @@ def test_a_disk_that_takes_no_more_is_one_sentence(hub: Hub, user: User, tiny: d
     assert "make room, or set HF_HOME to a folder on another disk" in message
 
 
-def test_without_a_hub_the_command_line_says_so_in_one_line_and_seconds(user: User) -> None:
-    start = time.monotonic()
+def test_without_a_hub_the_command_line_says_so_in_one_line(user: User) -> None:
     done = user.run("-m", "attribution", "preflight", "org/tiny", "--revision=v1")
-    assert time.monotonic() - start < 15
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: model 'org/tiny' cannot be fetched")
     _is_sentence(done.stderr.removeprefix("error: ").rstrip("\n"))
@@ -528,11 +539,9 @@ def test_claims_run_on_a_model_of_the_hub(
 
 def test_claims_on_a_model_that_cannot_be_fetched_end_in_one_error(user: User) -> None:
     (user.home / "test_suite.py").write_text(SUITE, encoding="utf-8")
-    start = time.monotonic()
     done = user.run(*PYTEST, "-m", "gpt2")
-    assert time.monotonic() - start < 20
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
-    [message] = [line for line in done.stdout.splitlines() if line.startswith("model 'gpt2'")]
+    [message] = [line for line in done.stdout.splitlines() if "cannot be fetched" in line]
     _is_sentence(message)
     for remedy in ("go online", "--models-dir=DIR", "-m bundled"):
         assert remedy in message
