@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -320,13 +321,16 @@ def _fetch(models: Mapping[str, int], config: pytest.Config) -> None:
         from attribution.model import locate
 
         fetched.add(name)
+        # pytest would keep the hub's progress bar to itself.
+        capture = config.pluginmanager.getplugin("capturemanager")
         try:
-            locate(
-                name,
-                revision=options.attribution_revision,
-                models_dir=options.attribution_models_dir,
-                allow_pickle=bool(options.attribution_allow_pickle),
-            )
+            with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+                locate(
+                    name,
+                    revision=options.attribution_revision,
+                    models_dir=options.attribution_models_dir,
+                    allow_pickle=bool(options.attribution_allow_pickle),
+                )
         except AttributionError as error:
             raise pytest.UsageError(f"{error} {tests} tests wait for it.") from None
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import attribution as at
+from attribution.registry import registry
 
 # Tests are no package: what stands beside them is found for as long as it is imported.
 with pytest.MonkeyPatch.context() as patch:
@@ -252,7 +253,7 @@ def test_the_commit_that_is_asked_for_is_the_one_that_is_loaded(
 ) -> None:
     old, new = Repository.of(tiny), Repository.of(_files(folders["llama"]))
     both = Repository(old.commits | new.commits, {"main": new.head, "v1": old.head})
-    hub.repositories["org/tiny"] = hub.repositories["openai-community/gpt2"] = both
+    hub.repositories["org/tiny"] = both
     by_commit, by_tag, newest = user.load_each(
         ("org/tiny", {"revision": old.head}), ("org/tiny", {"revision": "v1"}), ("org/tiny", {})
     )
@@ -262,19 +263,11 @@ def test_the_commit_that_is_asked_for_is_the_one_that_is_loaded(
     assert newest["neurons"] != by_tag["neurons"]
 
     # A pinned commit of the registry, and its dtype, count as if they had been given.
-    pin = (
-        "import dataclasses, attribution.model as model\nfrom attribution.registry import registry\n"
-        f"pinned = dataclasses.replace(registry()['gpt2'], revision={old.head!r}, dtype='bfloat16')\n"
-        "model.registry = lambda: {'gpt2': pinned}\n"
-    )
-    loads = [["gpt2", {}], ["gpt2", {"revision": "main", "dtype": "float32"}]]
-    done = user.run("-c", pin + LOAD, json.dumps(loads))
-    pinned, given = map(json.loads, done.stdout.splitlines())
-    assert (pinned["source"], pinned["revision"], pinned["dtype"]) == (
-        "openai-community/gpt2",
-        old.head,
-        "torch.bfloat16",
-    )
+    entry = registry()["smollm2-135m"]
+    both.commits[entry.revision] = both.commits[old.head]
+    hub.repositories[entry.source] = both
+    pinned, given = user.load_each((entry.name, {}), (entry.name, {"revision": "main", "dtype": "float32"}))
+    assert (pinned["source"], pinned["revision"], pinned["dtype"]) == (entry.source, entry.revision, "torch.bfloat16")
     assert (given["revision"], given["dtype"]) == (new.head, "torch.float32")
 
 
@@ -520,7 +513,7 @@ def test_without_a_hub_the_command_line_says_so_in_one_line(user: User) -> None:
 
 SUITE = """
 def test_claim(attribution_model):
-    print("revision", attribution_model.model.revision)
+    print("revision", attribution_model.revision)
 """
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-W", "error", "-s", "test_suite.py")
 
@@ -529,21 +522,27 @@ PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-W", "error", "-s", "test_s
 def test_claims_run_on_a_model_of_the_hub(
     hub: Hub, user: User, tiny: dict[str, bytes], option: tuple[str, ...]
 ) -> None:
-    hub.repositories["openai-community/gpt2"] = Repository.of(tiny)
+    entry, repository = registry()["gpt2"], Repository.of(tiny)
+    # The registry pins what its name stands for; a hub id stands for its newest commit.
+    repository.commits[entry.revision] = tiny
+    hub.repositories[entry.source] = repository
     (user.home / "test_suite.py").write_text(SUITE, encoding="utf-8")
     done = user.run(*PYTEST, *option)
     assert done.returncode == 0, done.stdout
-    assert f"revision {hub.repositories['openai-community/gpt2'].head}" in done.stdout
-    assert done.stderr == ""
+    assert f"revision {entry.revision if option[0] == '-m' else repository.head}" in done.stdout
+    # A fresh download shows the client's bars, and nothing else.
+    assert not NOISE.search(done.stderr)
+    again = user.run(*PYTEST, *option)
+    assert (again.returncode, again.stderr) == (0, "")
 
 
 def test_claims_on_a_model_that_cannot_be_fetched_end_in_one_error(user: User) -> None:
     (user.home / "test_suite.py").write_text(SUITE, encoding="utf-8")
     done = user.run(*PYTEST, "-m", "gpt2")
-    assert done.returncode == pytest.ExitCode.TESTS_FAILED
-    [message] = [line for line in done.stdout.splitlines() if "cannot be fetched" in line]
-    _is_sentence(message)
-    for remedy in ("go online", "--models-dir=DIR", "-m bundled"):
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    [message] = [line for line in done.stderr.splitlines() if line]
+    assert re.fullmatch(r"ERROR: model 'gpt2' cannot be fetched, .*\. 1 tests wait for it\.", message)
+    for remedy in ("go online", "log in", "--models-dir=DIR", "-m bundled"):
         assert remedy in message
     assert not NOISE.search(done.stdout + done.stderr)
     assert "Captured" not in done.stdout
