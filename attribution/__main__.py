@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attribution.errors import AttributionError, BadInputError
 from attribution.prompts_cli import add_commands
+from attribution.registry import declare, registry
 
 if TYPE_CHECKING:
     from attribution.model import Model
@@ -30,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_baselines(commands)
     add_commands(commands)
     options = parser.parse_args(arguments)
+    # As pytest does in this folder.
+    settings = Path("pyproject.toml")
     try:
+        if settings.is_file():
+            declare(settings)
         status: int = options.run(options)
     except AttributionError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -140,10 +145,13 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _list_models(_: argparse.Namespace) -> int:
     from attribution.explanation_text import aligned
-    from attribution.registry import registry
 
-    rows = [(each.name, each.marker, each.source, "yes" if each.bundled else "no") for each in registry().values()]
-    _print("\n".join(aligned([("name", False), ("marker", False), ("source", False), ("bundled", False)], rows)))
+    rows = [
+        (each.name, each.marker, each.source, each.revision[:12], each.dtype, "yes" if each.bundled else "no")
+        for each in registry().values()
+    ]
+    columns = [(name, False) for name in ("name", "marker", "source", "revision", "dtype", "bundled")]
+    _print("\n".join(aligned(columns, rows)))
     return 0
 
 

@@ -106,6 +106,9 @@ COMMANDS: dict[str, Row] = {
     ),
     "questions that are not there": (("triviaqa", "no.json", "--out=a.jsonl"), _nothing, ("no.json",)),
     "questions from nowhere": (("triviaqa", "--out=a.jsonl"), _nothing, ("--hub", "exactly one")),
+    "settings with a typing error": (
+        ("models",), lambda p: p.file("pyproject.toml", "[tool.attribution]\nmodles = 1"), ("'modles'", "models.NAME")
+    ),
     "baseline that is not there": (("baselines", "prune", "main"), _nothing, ("'main'", "nothing was removed")),
 }  # fmt: skip
 

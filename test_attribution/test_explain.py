@@ -383,10 +383,11 @@ def test_models_are_listed_without_importing_torch() -> None:
     code = "import sys; from attribution.__main__ import main; main(['models']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     heading, *rows, imported = done.stdout.splitlines()
-    assert heading.split() == ["name", "marker", "source", "bundled"]
-    assert [row.split() for row in rows] == [
-        [each.name, each.marker, each.source, "yes" if each.bundled else "no"] for each in registry().values()
-    ]
+    assert heading.split() == ["name", "marker", "source", "revision", "dtype", "bundled"]
+    for row, each in zip(rows, registry().values(), strict=True):
+        revision = [each.revision[:12]] if each.revision else []
+        bundled = "yes" if each.bundled else "no"
+        assert row.split() == [each.name, each.marker, each.source, *revision, each.dtype, bundled]
     assert imported == "False"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from attribution.__main__ import main
 from attribution.errors import BadInputError
 from attribution.families import FAMILIES as KNOWN_TYPES
 from attribution.registry import FAMILIES, KNOWLEDGE_FAMILIES, declare, entry_of, registry
@@ -152,3 +153,12 @@ def test_declaration_that_cannot_be_meant_is_named_with_its_file(tmp_path: Path,
         assert word in message
     assert len(set(FAMILIES)) == len(FAMILIES)
     assert set(KNOWLEDGE_FAMILIES) < set(FAMILIES)
+
+
+def test_commands_know_the_models_of_the_folder_they_run_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.attribution.models.mine]\nsource = 'org/mine'", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["models"]) == 0
+    assert re.search(r"^mine +mine +org/mine +float32 +no$", capsys.readouterr().out, re.MULTILINE)
