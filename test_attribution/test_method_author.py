@@ -11,7 +11,9 @@ import pytest
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = re.search(r"```python conftest.py\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.DOTALL)
+EXAMPLE = re.search(
+    r"```python conftest.py\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.DOTALL
+)
 
 
 def _claims() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from collections import Counter
@@ -17,16 +16,11 @@ from attribution.registry import entry_of
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parents[1]
-# Two categories, and few prompts: what is wrong on these is wrong on all.
+# Two categories, and few prompts: what is wrong on these is wrong on all. To show that a ranking leaves nothing better
+# out, all neurons are scored by their definitions; where weights are random, next to none can be ruled out before, and
+# it takes many minutes.
 CONFTEST = "def pytest_attribution_categories(): return ['color', 'month']"
-CUTS = ("--max-prompts=24", "-n0", "-p", "no:randomly")
-
-
-def _suite() -> list[str]:
-    """What runs the claims: the installed package, or the folders of a development install."""
-    if importlib.util.find_spec("attribution.test_faithfulness"):
-        return ["--pyargs", "attribution.test_faithfulness", "attribution.test_knowledge"]
-    return [".", *(str(ROOT / name) for name in ("test_faithfulness", "test_knowledge")), "--rootdir=."]
+CUTS = ("--max-prompts=24", "-n0", "-k", "not leave_nothing_better_out and not scores_are_what_they")
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +41,10 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_random_model_of_gpt2s_shape_is_sound_and_knows_nothing(pytester: pytest.Pytester, models_dir: Path) -> None:
     pytester.makeconftest(CONFTEST)
+    for name in ("test_faithfulness", "test_knowledge"):
+        shutil.copytree(ROOT / name, pytester.path / name)
     pytester.makeini("[pytest]\naddopts = --strict-markers --import-mode=importlib -p no:cacheprovider\n")
-    result = pytester.runpytest_subprocess(*_suite(), "-m", "gpt2", f"--models-dir={models_dir}", *CUTS)
+    result = pytester.runpytest_subprocess("-m", "gpt2", f"--models-dir={models_dir}", *CUTS)
     text = result.stdout.str()
     outcomes = result.parseoutcomes()
     # Nothing of it is asserted but that the engine is right.
@@ -57,27 +53,21 @@ def test_random_model_of_gpt2s_shape_is_sound_and_knows_nothing(pytester: pytest
     assert outcomes["passed"] > 150
     result.stdout.fnmatch_lines([f"attribution: gpt2 from {models_dir / 'gpt2'} in float32 on cpu"])
     asserted, _, reported = text.partition("reported, not asserted")
-    sound = Counter(re.findall(r"^gpt2  .* (supported|refuted|inconclusive)\b", asserted, re.MULTILINE))
+    sound = Counter(re.findall(r"^gpt2 .* (supported|refuted|inconclusive)\b", asserted, re.MULTILINE))
     assert sound.keys() == {"supported"}
-    assert sound["supported"] >= 20
-    for claim in ("sum: all neurons", "scores by definition: ffn", "ablation by hand: zero", "judge: known verdicts"):
-        assert re.search(rf"^gpt2  {re.escape(claim)} .* supported$", asserted, re.MULTILINE), claim
+    assert sound["supported"] >= 15
+    for claim in ("sum: all neurons", "controls by definition", "ablation by hand: zero", "judge: known verdicts"):
+        assert re.search(rf"^gpt2 +{re.escape(claim)} .* supported$", asserted, re.MULTILINE), claim
     # What it knows, and all that stands on it, is not there.
-    found = Counter(re.findall(r"^gpt2  .* (supported|refuted|inconclusive)\b", reported, re.MULTILINE))
+    found = Counter(re.findall(r"^gpt2 .* (supported|refuted|inconclusive)\b", reported, re.MULTILINE))
     assert found["inconclusive"] > 100
-    assert re.search(r"^gpt2  knows color .* (refuted|inconclusive)$", reported, re.MULTILINE)
-    assert re.search(r"^gpt2  top 10 vs vector_norm: mrr .* inconclusive$", reported, re.MULTILINE)
+    assert re.search(r"^gpt2 +knows color .* (refuted|inconclusive)$", reported, re.MULTILINE)
+    assert re.search(r"^gpt2 +top 10 vs vector_norm: mrr .* inconclusive$", reported, re.MULTILINE)
     assert re.search(r"^\d+ claims were not binding on gpt2; --attribution-assert makes them so$", text, re.MULTILINE)
 
     binding = pytester.runpytest_subprocess(
-        *_suite(),
-        "-m",
-        "gpt2 and (knowledge or superiority)",
-        f"--models-dir={models_dir}",
-        *CUTS,
-        "--attribution-assert",
+        "-m", "gpt2", f"--models-dir={models_dir}", *CUTS[:2], "-k", "top_10_hurts", "--attribution-assert"
     )
     assert binding.ret == pytest.ExitCode.TESTS_FAILED
-    failed = binding.parseoutcomes()
-    assert failed["failed"] > 50
-    assert "errors" not in failed
+    # Seven baselines, three metrics: too few prompts for each.
+    binding.assert_outcomes(failed=21, deselected=binding.parseoutcomes()["deselected"])
