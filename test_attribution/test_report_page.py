@@ -355,7 +355,7 @@ def test_files_hold_every_number(whole: Path) -> None:
             read, expected[read.columns].reset_index(drop=True), check_exact=True, check_dtype=False
         )
     with (whole / "verdicts.csv").open(encoding="utf-8", newline="") as file:
-        assert list(csv.DictReader(file)) == ROWS
+        assert list(csv.DictReader(file)) == [{name: row[name] for name in row if name != "waived"} for row in ROWS]
 
 
 def test_claims_stand_by_model_with_asserted_ones_first(whole: Path) -> None:

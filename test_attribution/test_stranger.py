@@ -169,14 +169,20 @@ def test_the_whole_suite_runs_on_their_model(stranger: Stranger) -> None:
 
 
 def test_verdicts_are_the_same_beside_the_plugins_that_people_have(stranger: Stranger) -> None:
-    suite = ("--pyargs", "attribution.test_faithfulness", "--max-prompts=12", "-k", "top_10_hurts or random_neurons")
+    suite = (
+        "--pyargs",
+        "attribution.test_faithfulness",
+        "--max-prompts=12",
+        "-k",
+        "top_10_hurts or random_neurons or top_20",
+    )
     alone = stranger.pytest(*suite, "tests", "-p", "no:randomly", "-p", "no:cov", "-p", "no:timeout", "-p", "no:xdist")
     options = ("-n2", "--cov=tests", "--timeout=300", "--benchmark-disable", "-p", "randomly", "--randomly-seed=7")
     beside = stranger.pytest(*suite, "tests", *options)
     assert "Using --randomly-seed=7" in beside.stdout
     assert "timeout: 300" in beside.stdout
     assert "coverage" in beside.stdout
-    assert len(_rows(alone.stdout)) >= 21 + 6 + 1
+    assert len(_rows(alone.stdout)) == 21 + 6 + 1
     assert _rows(beside.stdout) == _rows(alone.stdout)
 
 
