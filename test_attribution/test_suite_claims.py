@@ -276,7 +276,7 @@ def test_claims_on_facts_fail_with_neurons_that_are_not_specific(
     intact = specificity.neurons_hurt_their_fact_most(trained_bench, METHOD, chosen)
     assert _status(intact) is Status.SUPPORTED
     # What is said to be a stranger's is a prompt's own: the same neurons on either side.
-    monkeypatch.setattr(specificity, "strangers", lambda categories: {place: place for place in range(len(categories))})
+    monkeypatch.setattr(specificity, "strangers", lambda of, *_: {place: place for place in range(len(of))})
     fresh = _bench(trained_bench.model, trained_bench.known)
     assert _status(specificity.neurons_hurt_their_fact_most(fresh, METHOD, chosen)) is Status.REFUTED
     if chosen == "value neurons":
