@@ -84,6 +84,7 @@ def suite(models: dict[str, at.Model], pytester: pytest.Pytester, monkeypatch: p
     """Two claims that hold. The model is loaded once for all runs and not checked: its claims are made up."""
     made = Suite(pytester, models["gpt2"])
     knowledge = attribution.knowledge.load_knowledge()
+    monkeypatch.setattr("attribution.model.locate", lambda name, **_: None)
     monkeypatch.setattr("attribution.model.load", lambda name, **_: made.model)
     monkeypatch.setattr("attribution.checks.preflight", lambda model: [])
     monkeypatch.setattr("attribution.knowledge.load_knowledge", lambda categories: knowledge)
@@ -376,7 +377,7 @@ def test_distributed_run_saves_and_compares_as_one(
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "test_faithfulness" / "test_top_neurons.py"
 # All that the author of a method writes, as the documentation has it.
-AUTHOR = (ROOT / "docs" / "gate.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+AUTHOR = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("```python conftest.py\n")[1].split("```")[0]
 # One line each, in the scorer of the paper and in that of the author.
 HARMFUL = {
     "methods.py": (
@@ -450,5 +451,5 @@ def test_harmful_line_in_a_scorer_is_red_and_a_harmless_refactor_is_green(
     _says(harmless, "42 of 42 claims of baseline 'main'", "42 unchanged")
     harmful = engine(*compare, changes=HARMFUL)
     assert harmful.ret == pytest.ExitCode.TESTS_FAILED
-    assert _regressed(harmful) == {"log_prob_increase", "mine"}
+    assert _regressed(harmful) == {"log_prob_increase", "logit"}
     assert "not comparable" not in harmful.stdout.str()
