@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,8 +216,7 @@ def _chosen_categories(config: pytest.Config) -> list[str]:
 def _chosen_models(config: pytest.Config) -> list[Entry]:
     named = config.option.attribution_model
     if named:
-        # Asked for by name: no marker has to select them.
-        return [replace(entry_of(name), marker="") for name in named]
+        return [entry_of(name) for name in named]
     hooked = config.hook.pytest_attribution_models(config=config)
     return [entry_of(name) for name in hooked or config.stash[_DECLARED] or registry()]
 
@@ -233,6 +232,8 @@ def _asked(config: pytest.Config) -> set[str]:
 
 def _left_out(config: pytest.Config) -> set[str]:
     """Return the models that need the network and that nobody named: plain pytest needs none."""
+    if config.option.attribution_model:
+        return set()
     asked = _asked(config) | {""}
     return {entry.name for entry in _chosen_models(config) if not entry.local and entry.marker not in asked}
 

@@ -69,6 +69,21 @@ def test_a_marker_selects_its_model_and_no_other(suite: pytest.Pytester, express
     assert {re.sub(r".*\[(.*)-(good|bad)\]", r"\1", name) for name in names if "[" in name} == models
 
 
+@pytest.mark.parametrize(
+    ("options", "models"),
+    [
+        (["--model=bundled:gpt2", "-m", "bundled"], {"bundled-gpt2"}),
+        (["--model=bundled:gpt2", "-m", "superiority"], {"bundled-gpt2"}),
+        (["--model=bundled:gpt2", "--model=gpt2", "-m", "gpt2"], {"gpt2"}),
+        (["--model=gpt2"], {"gpt2"}),
+        (["--model=org/name", "-m", "not bundled"], {"name"}),
+    ],
+)
+def test_a_marker_selects_among_named_models(suite: pytest.Pytester, options: list[str], models: set[str]) -> None:
+    names = _collected(suite.runpytest_subprocess("--collect-only", "-q", *options))
+    assert {re.sub(r".*\[(.*)-(good|bad)\]", r"\1", name) for name in names if "[" in name} == models
+
+
 ABOUT = """
 import pytest
 
