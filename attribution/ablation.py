@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution import questions
 from attribution.anatomy import Anatomy, read_anatomy, resolve
 from attribution.errors import BadInputError
 from attribution.model import Model
+from attribution.questions import by_batch
 from attribution.records import AttentionNeuron, Component, FFNNeuron, Head, HeadPosition, Layer
 from attribution.tokens import TokenBatch, chunk_by_length, pad
-from attribution.trace import Edits, Filler, rerun, run, wrap
+from attribution.trace import Edits, Filler, on_site, rerun, run, wrap
 
 __all__ = [
     "AblationKind",
@@ -296,30 +296,35 @@ def reference_of(
 
 def _means(model: Model, prompts: Sequence[Sequence[int]]) -> Means:
     totals: dict[str, Tensor] = {}
-    for part in chunk_by_length([len(prompt) for prompt in prompts], questions.CHUNK_TOKENS):
-        for name, total in _sums(model, pad([prompts[row] for row in part], device=model.device)).items():
+
+    def sums(rows: list[int]) -> dict[str, Tensor]:
+        return on_site(model, _sums, [prompts[row] for row in rows])
+
+    for _, found in by_batch(model, [len(prompt) for prompt in prompts], sums):
+        for name, total in found.items():
             totals[name] = totals[name] + total if name in totals else total
     # A last position reads as many source positions as its prompt has tokens, so one number divides all three.
     tokens = sum(len(prompt) for prompt in prompts)
     return Means(**{name: total / tokens for name, total in totals.items()})
 
 
-def _sums(model: Model, batch: TokenBatch) -> dict[str, Tensor]:
-    """Return the sums that the fields of :class:`Means` are made of."""
+def _sums(model: Model, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return the sums over one batch that the fields of :class:`Means` are made of."""
+    batch = pad(prompts, device=model.device)
     anatomy, family = model.anatomy, model.anatomy.family
     real, rows = batch.mask.bool(), torch.arange(len(batch.last), device=batch.last.device)
 
     def visit(network: Any, saved: dict[str, Any]) -> None:
         sums: dict[str, list[Tensor]] = {"coefficients": [], "mixed_values": [], "sources": []}
         for block in anatomy.blocks(network):
-            mixed = resolve(block, family.attention_out).input.reshape(*batch.ids.shape, -1)
+            mixed = resolve(block, family.attention_out).input.detach().reshape(*batch.ids.shape, -1).to(model.device)
             sums["mixed_values"].append(mixed[real].sum(0, dtype=torch.float64))
             # What a head takes of all source positions together is its mixed value.
             taken = mixed[rows, batch.last].sum(0, dtype=torch.float64)
             sums["sources"].append(taken.unflatten(-1, (anatomy.heads, anatomy.head_dim)))
-            coefficients = resolve(block, family.ffn_out).input.reshape(*batch.ids.shape, -1)
+            coefficients = resolve(block, family.ffn_out).input.detach().reshape(*batch.ids.shape, -1).to(model.device)
             sums["coefficients"].append(coefficients[real].sum(0, dtype=torch.float64))
-        saved.update({name: torch.stack(layers).detach() for name, layers in sums.items()})
+        saved.update({name: torch.stack(layers) for name, layers in sums.items()})
 
     return run(model, batch, visit, whole=False)
 
@@ -379,9 +384,9 @@ def ablated_logits(
         edits = _edits(
             masks,
             model.device,
-            coefficients=list(reference.coefficients),
-            mixed_values=list(reference.mixed_values),
-            sources=list(reference.sources[..., None]),
+            coefficients=list(reference.coefficients.to(model.device)),
+            mixed_values=list(reference.mixed_values.to(model.device)),
+            sources=list(reference.sources[..., None].to(model.device)),
         )
     return rerun(model, batch, edits), masks.distinct()
 
@@ -398,7 +403,7 @@ def _resampled_logits(
     distinct = torch.zeros(len(rows), dtype=torch.long)
     lengths = [max(len(row), len(donor)) for row, donor in zip(rows, chosen, strict=True)]
     # A donor may be much longer than the batch that was planned.
-    for part in chunk_by_length(lengths, questions.CHUNK_TOKENS):
+    for part in chunk_by_length(lengths, model.batch_tokens):
         extra = list(dict.fromkeys(chosen[row] for row in part if chosen[row] != rows[row]))
         places = {donor: place for place, donor in enumerate(extra, start=len(part))}
         giver = [places.get(chosen[row], place) for place, row in enumerate(part)] + list(places.values())
@@ -443,7 +448,15 @@ def edited_copy(model: Model, edited: Collection[Tensor]) -> Iterator[Model]:
 
     Yields:
         The copy, with its own network and anatomy.
+
+    Raises:
+        BadInputError: If the weights are not here, whole and on one device.
     """
+    if model.remote or model.anatomy.spread:
+        raise BadInputError(
+            f"the weights of model {model.name!r} are to be edited, and they are elsewhere or spread over devices or "
+            "processes; load it here on one device."
+        )
     module = model.network._module
     stored = {tensor.untyped_storage().data_ptr() for tensor in edited}
     # What the memo names is not copied.

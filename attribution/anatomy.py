@@ -5,13 +5,14 @@ Sizes are read from weights and checked against the config.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from attribution.errors import ModelError, UnsupportedModelError
 from attribution.families import Family, family_of
@@ -19,12 +20,45 @@ from attribution.norms import Norm
 
 __all__ = [
     "Anatomy",
+    "ByLayer",
     "Readout",
     "Subkeys",
     "first_tensor",
     "read_anatomy",
     "resolve",
 ]
+
+T = TypeVar("T")
+
+
+class ByLayer(Sequence[T], Generic[T]):
+    """What is made of one layer's weights when it is asked for, and not kept.
+
+    The weights of a model that is spread over devices or processes need not fit on one of them together.
+
+    Args:
+        make: Layer to what is made of it.
+        layers: Number of layers.
+    """
+
+    def __init__(self, make: Callable[[int], T], layers: int) -> None:
+        self._make, self._layers = make, layers
+
+    def __len__(self) -> int:
+        return self._layers
+
+    @overload
+    def __getitem__(self, layer: int) -> T: ...
+
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, layer: int | slice) -> T | Sequence[T]:
+        if isinstance(layer, slice):
+            return [self._make(each) for each in range(*layer.indices(self._layers))]
+        if not -self._layers <= layer < self._layers:
+            raise IndexError(layer)
+        return self._make(layer % self._layers)
 
 
 @dataclass(frozen=True)
@@ -67,7 +101,10 @@ class Subkeys:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Sizes, weights and module paths of one loaded model. Tensors are the model's own weights, not copies.
+    """Sizes, weights and module paths of one loaded model.
+
+    Tensors are the model's own weights, not copies, unless it is spread over devices or processes: then they are whole
+    copies on the device of the unembedding, and those of the projections are made anew each time they are asked for.
 
     A neuron writes ``coefficient * gain * (fold * vector)`` into the residual stream, where the gain is 1 / s of
     the norm that follows the sublayer (1 where none does) and the fold is that norm's weight times the family's
@@ -103,6 +140,7 @@ class Anatomy:
         value_clip: Values are clamped to plus and minus this; ``None`` for no limit.
         subkeys: FFN subkeys per layer.
         readout: Final norm and unembedding.
+        spread: Whether the weights lie on several devices, or in parts with several processes.
     """
 
     family: Family
@@ -115,8 +153,8 @@ class Anatomy:
     vocabulary: int
     context: int | None
     parallel: bool
-    subvalues: tuple[Tensor, ...]
-    value_vectors: tuple[Tensor, ...]
+    subvalues: Sequence[Tensor]
+    value_vectors: Sequence[Tensor]
     attention_bias: tuple[Tensor | None, ...]
     ffn_bias: tuple[Tensor | None, ...]
     attention_fold: tuple[Tensor | None, ...]
@@ -127,11 +165,12 @@ class Anatomy:
     attention_post_norms: tuple[Norm | None, ...]
     ffn_post_norms: tuple[Norm | None, ...]
     value_rows: Tensor
-    value_weights: tuple[Tensor, ...]
+    value_weights: Sequence[Tensor]
     value_biases: tuple[Tensor | None, ...]
     value_clip: float | None
-    subkeys: tuple[Subkeys, ...]
+    subkeys: Sequence[Subkeys]
     readout: Readout
+    spread: bool = False
 
     def __repr__(self) -> str:
         return (
@@ -153,7 +192,7 @@ class Anatomy:
         Returns:
             (batch, position, head, dim), a copy.
         """
-        values: Tensor = projected[..., self.value_rows].unflatten(-1, (self.heads, self.head_dim))
+        values: Tensor = projected[..., self.value_rows.to(projected.device)].unflatten(-1, (self.heads, self.head_dim))
         return values if self.value_clip is None else values.clamp(-self.value_clip, self.value_clip)
 
     def value_subkeys(self, layer: int) -> tuple[Tensor, Tensor | None]:
@@ -177,21 +216,34 @@ def _has(block: nn.Module, path: str) -> bool:
     return getattr(block, path, None) is not None
 
 
-def _rows_by_output(module: nn.Module) -> Tensor:
+def _whole(weight: Tensor, home: torch.device) -> Tensor:
+    """Return a weight whole and on one device: itself, if it is. Of parts, every process must ask for it at once."""
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+    return weight.detach().to(home)
+
+
+def _output_by_input(module: nn.Module) -> tuple[int, int]:
+    """Return the sizes of a projection without reading it."""
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+
+
+def _rows_by_output(module: nn.Module, home: torch.device) -> Tensor:
     """Return a projection's weight as (output, input): row i is what output i looks for.
 
     ``nn.Linear`` stores (output, input); GPT-2's ``Conv1D`` stores (input, output).
     """
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    weight = _whole(module.weight, home)  # type: ignore[arg-type]
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
-def _bias(module: nn.Module) -> Tensor | None:
+def _bias(module: nn.Module, home: torch.device) -> Tensor | None:
     bias = getattr(module, "bias", None)
-    return None if bias is None else bias.detach()
+    return None if bias is None else _whole(bias, home)
 
 
-def _read_norm(module: nn.Module | None, family: Family) -> Norm | None:
+def _read_norm(module: nn.Module | None, family: Family, home: torch.device) -> Norm | None:
     if module is None:
         return None
     weight: Tensor | None = getattr(module, "weight", None)
@@ -199,15 +251,15 @@ def _read_norm(module: nn.Module | None, family: Family) -> Norm | None:
     eps = family.fixed_eps if eps is None else eps
     assert eps is not None, f"{type(module).__name__} holds no epsilon"
     return Norm(
-        weight=None if weight is None else weight.detach() + family.weight_offset,
-        bias=_bias(module),
+        weight=None if weight is None else _whole(weight, home) + family.weight_offset,
+        bias=_bias(module, home),
         eps=float(eps),
         centred=family.centred,
     )
 
 
-def _norm_at(block: nn.Module, paths: tuple[str, ...], family: Family) -> Norm | None:
-    return _read_norm(next((getattr(block, path) for path in paths if _has(block, path)), None), family)
+def _norm_at(block: nn.Module, paths: tuple[str, ...], family: Family, home: torch.device) -> Norm | None:
+    return _read_norm(next((getattr(block, path) for path in paths if _has(block, path)), None), family, home)
 
 
 def _value_rows(outputs: int, heads: int, head_dim: int, family: Family, name: str) -> tuple[Tensor, int]:
@@ -233,9 +285,9 @@ def _value_rows(outputs: int, heads: int, head_dim: int, family: Family, name: s
     return values.repeat_interleave(group, dim=0).flatten(), kv_heads
 
 
-def _subkeys(block: nn.Module, family: Family) -> Subkeys:
+def _subkeys(block: nn.Module, family: Family, home: torch.device) -> Subkeys:
     up_module = resolve(block, family.ffn_up)
-    up, up_bias = _rows_by_output(up_module), _bias(up_module)
+    up, up_bias = _rows_by_output(up_module, home), _bias(up_module, home)
     gate, gate_bias = None, None
     if family.ffn_gate == family.ffn_up:
         gate, up = up.chunk(2)
@@ -243,7 +295,7 @@ def _subkeys(block: nn.Module, family: Family) -> Subkeys:
             gate_bias, up_bias = up_bias.chunk(2)
     elif family.ffn_gate is not None:
         gate_module = resolve(block, family.ffn_gate)
-        gate, gate_bias = _rows_by_output(gate_module), _bias(gate_module)
+        gate, gate_bias = _rows_by_output(gate_module, home), _bias(gate_module, home)
     return Subkeys(up, up_bias, gate, gate_bias, resolve(block, family.activation))
 
 
@@ -260,18 +312,25 @@ def _fold(post_norm: Norm | None, scale: float, width: int, like: Tensor) -> Ten
 
 def _check_finite(module: nn.Module, name: str) -> None:
     for parameter_name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
+        finite = torch.isfinite(parameter.detach()).all()
+        if not (finite.full_tensor() if isinstance(finite, DTensor) else finite):
             raise ModelError(
                 f"model {name!r} has weights that are NaN or infinite in {parameter_name}; train or download it again."
             )
 
 
-def read_anatomy(module: nn.Module, name: str) -> Anatomy:
+def _is_spread(module: nn.Module, home: torch.device) -> bool:
+    return any(isinstance(each, DTensor) or each.device != home for each in module.parameters())
+
+
+def read_anatomy(module: nn.Module, name: str, *, check: bool = True) -> Anatomy:
     """Read the anatomy of a loaded model.
 
     Args:
         module: A causal language model of transformers.
         name: What to call it in errors.
+        check: Whether to look for weights that are not finite, which reads all of them; of a model without weights
+            (on the meta device) there are none to look at.
 
     Raises:
         UnsupportedModelError: If its family has no record.
@@ -283,20 +342,26 @@ def read_anatomy(module: nn.Module, name: str) -> Anatomy:
     attention_outs = [resolve(block, family.attention_out) for block in blocks]
     ffn_outs = [resolve(block, family.ffn_out) for block in blocks]
     value_projections = [resolve(block, family.value_projection) for block in blocks]
-    value_vectors = tuple(_rows_by_output(out).T for out in attention_outs)
-    subvalues = tuple(_rows_by_output(out).T for out in ffn_outs)
-    value_weights = tuple(_rows_by_output(projection) for projection in value_projections)
     unembedding = resolve(module, family.unembedding)
+    home = unembedding.weight.device
+    spread = _is_spread(module, home)
+
+    def by_layer(make: Callable[[int], T]) -> Sequence[T]:
+        lazy = ByLayer(make, len(blocks))
+        return lazy if spread else tuple(lazy)
+
     heads = config.num_attention_heads
-    head_dim, remainder = divmod(value_vectors[0].shape[0], heads)
+    mixed = _output_by_input(attention_outs[0])[1]
+    head_dim, remainder = divmod(mixed, heads)
     if remainder:
         raise ModelError(
-            f"model {name!r} has {heads} heads over {value_vectors[0].shape[0]} attention outputs, which do not "
-            "divide; its config and weights do not belong together."
+            f"model {name!r} has {heads} heads over {mixed} attention outputs, which do not divide; its config and "
+            "weights do not belong together."
         )
-    value_rows, kv_heads = _value_rows(value_weights[0].shape[0], heads, head_dim, family, name)
-    _check_finite(module, name)
-    width = subvalues[0].shape[1]
+    value_rows, kv_heads = _value_rows(_output_by_input(value_projections[0])[0], heads, head_dim, family, name)
+    if check:
+        _check_finite(module, name)
+    width, ffn_neurons = _output_by_input(ffn_outs[0])
     if unembedding.weight.shape[1] != width:
         raise UnsupportedModelError(
             f"model {name!r} projects its final state from width {width} to {unembedding.weight.shape[1]} before the "
@@ -304,11 +369,12 @@ def read_anatomy(module: nn.Module, name: str) -> Anatomy:
         )
     scale = float(_setting(config, family.residual_scale, 1.0))
     attention_post_norms, ffn_post_norms = (
-        tuple(_norm_at(block, () if path is None else (path,), family) for block in blocks)
+        tuple(_norm_at(block, () if path is None else (path,), family, home) for block in blocks)
         for path in (family.attention_post_norm, family.ffn_post_norm)
     )
-    final_norm = _read_norm(resolve(module, family.final_norm), family)
+    final_norm = _read_norm(resolve(module, family.final_norm), family, home)
     assert final_norm is not None
+    whole_unembedding = _whole(unembedding.weight, home)
     softcap = _setting(config, family.softcap, None)
     clip = _setting(config, family.value_clip, None)
     flags = family.parallel
@@ -319,35 +385,36 @@ def read_anatomy(module: nn.Module, name: str) -> Anatomy:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn_neurons=subvalues[0].shape[0],
+        ffn_neurons=ffn_neurons,
         vocabulary=unembedding.weight.shape[0],
         context=next(
             (value for key in ("max_position_embeddings", "n_positions") if (value := getattr(config, key, None))),
             None,
         ),
         parallel=flags if isinstance(flags, bool) else any(getattr(config, flag) for flag in flags),
-        subvalues=subvalues,
-        value_vectors=value_vectors,
-        attention_bias=tuple(_bias(out) for out in attention_outs),
-        ffn_bias=tuple(_bias(out) for out in ffn_outs),
-        attention_fold=tuple(_fold(norm, scale, width, unembedding.weight) for norm in attention_post_norms),
-        ffn_fold=tuple(_fold(norm, scale, width, unembedding.weight) for norm in ffn_post_norms),
+        subvalues=by_layer(lambda layer: _rows_by_output(ffn_outs[layer], home).T),
+        value_vectors=by_layer(lambda layer: _rows_by_output(attention_outs[layer], home).T),
+        attention_bias=tuple(_bias(out, home) for out in attention_outs),
+        ffn_bias=tuple(_bias(out, home) for out in ffn_outs),
+        attention_fold=tuple(_fold(norm, scale, width, whole_unembedding) for norm in attention_post_norms),
+        ffn_fold=tuple(_fold(norm, scale, width, whole_unembedding) for norm in ffn_post_norms),
         residual_scale=scale,
-        attention_norms=tuple(_norm_at(block, family.attention_norm, family) for block in blocks),
-        ffn_norms=tuple(_norm_at(block, family.ffn_norm, family) for block in blocks),
+        attention_norms=tuple(_norm_at(block, family.attention_norm, family, home) for block in blocks),
+        ffn_norms=tuple(_norm_at(block, family.ffn_norm, family, home) for block in blocks),
         attention_post_norms=attention_post_norms,
         ffn_post_norms=ffn_post_norms,
-        value_rows=value_rows.to(unembedding.weight.device),
-        value_weights=value_weights,
-        value_biases=tuple(_bias(projection) for projection in value_projections),
+        value_rows=value_rows.to(home),
+        value_weights=by_layer(lambda layer: _rows_by_output(value_projections[layer], home)),
+        value_biases=tuple(_bias(projection, home) for projection in value_projections),
         value_clip=None if clip is None else float(clip),
-        subkeys=tuple(_subkeys(block, family) for block in blocks),
+        subkeys=by_layer(lambda layer: _subkeys(blocks[layer], family, home)),
         readout=Readout(
-            unembedding=unembedding.weight.detach(),
-            bias=_bias(unembedding),
+            unembedding=whole_unembedding,
+            bias=_bias(unembedding, home),
             norm=final_norm,
             logit_scale=float(_setting(config, family.logit_scale, 1.0))
             / float(_setting(config, family.logit_divisor, 1.0)),
             softcap=None if softcap is None else float(softcap),
         ),
+        spread=spread,
     )

@@ -32,7 +32,7 @@ def matched(candidates: Candidates, chosen: Tensor) -> Tensor:
     """
     norms = score_candidates(method_named("output_norm", candidates.table.unit), candidates)
     vectors = candidates.table.offsets[candidates.slot] + candidates.row
-    taken = torch.zeros(sum(len(each) for each in candidates.table.vectors), dtype=torch.bool, device=vectors.device)
+    taken = torch.zeros(sum(candidates.table.sizes), dtype=torch.bool, device=vectors.device)
     taken[vectors[chosen]] = True
     free, slots = ~taken[vectors], candidates.slot
     generator = torch.Generator().manual_seed(candidates.seed)

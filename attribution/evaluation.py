@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import astuple, fields
 from typing import Any, Literal
 
 import pandas as pd
@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from attribution import questions as chunks
 from attribution.ablation import AblationKind, Reference, ablated_logits, ablation_kind, reference_of
 from attribution.errors import BadInputError
 from attribution.knowledge import Prompt
 from attribution.methods import method_named
 from attribution.metrics import Outcome, SelectionOutcome, measure_each
 from attribution.model import Model
-from attribution.questions import Question, batches_of, prompt_list, prompts_with_answers, question_of
-from attribution.ranking import all_candidates
+from attribution.questions import Question, batches_of, by_batch, prompt_list, prompts_with_answers, question_of
+from attribution.ranking import pick
 from attribution.records import Component, Unit, unit_named
-from attribution.selection import top_k
 from attribution.selection_rule import selection_outcomes
-from attribution.tokens import TokenBatch, chunk_by_length, encode, pad
-from attribution.trace import Activations, read_activations
+from attribution.tokens import TokenBatch, encode, pad
+from attribution.trace import Activations, on_site, read_activations
 
 __all__ = ["ablate", "best_records", "evaluate", "known_prompts", "outcomes", "traced_batches"]
 
@@ -79,12 +77,27 @@ def ablate(
         raise BadInputError(f"{len(encoded)} prompts came with {len(variants)} collections of neurons; give one each.")
     others = None if reference is None else _encoded(model, reference)
     values = reference_of(model, kind, others, ablated=encoded, seed=seed)
+    # Where the weights are, they may have another dtype than a model without weights has here.
     logits = torch.empty(len(encoded), model.anatomy.vocabulary, dtype=model.anatomy.readout.unembedding.dtype)
-    for rows in chunk_by_length([len(ids) for ids in encoded], chunks.CHUNK_TOKENS):
-        batch = pad([encoded[row] for row in rows], device=model.device)
-        part = [variants[row] for row in rows]
-        logits[rows] = ablated_logits(model, batch, part, reference=values, at_source=at_source)[0].cpu()
+
+    def rerun(rows: list[int]) -> Tensor:
+        part = [list(variants[row]) for row in rows]
+        return on_site(model, _logits, [encoded[row] for row in rows], part, values, at_source)
+
+    for rows, found in by_batch(model, [len(ids) for ids in encoded], rerun):
+        logits[rows] = found
     return logits[0] if single else logits
+
+
+def _logits(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    variants: Sequence[Collection[Component]],
+    reference: Reference | None,
+    at_source: bool,
+) -> Tensor:
+    batch = pad(prompts, device=model.device)
+    return ablated_logits(model, batch, variants, reference=reference, at_source=at_source)[0].cpu()
 
 
 def _encoded(model: Model, prompts: str | Prompt | Sequence[str | Prompt]) -> list[list[int]]:
@@ -114,47 +127,54 @@ def outcomes(
     """
     found: list[Outcome | None] = [None] * len(questions)
     distinct = [0] * len(questions)
-    for rows in chunk_by_length([len(question.ids) for question in questions], chunks.CHUNK_TOKENS):
-        batch = pad([questions[row].ids for row in rows], device=model.device)
-        part = [variants[row] for row in rows]
-        logits, replaced = ablated_logits(model, batch, part, reference=reference, at_source=at_source)
-        measured = measure_each(logits, [questions[row].answer_id for row in rows])
-        for row, outcome, number in zip(rows, measured, replaced.tolist(), strict=True):
+
+    def measured(rows: list[int]) -> tuple[list[Outcome], list[int]]:
+        part = [list(variants[row]) for row in rows]
+        return on_site(model, _measured, [questions[row] for row in rows], part, reference, at_source)
+
+    for rows, (outcomes, numbers) in by_batch(model, [len(question.ids) for question in questions], measured):
+        for row, outcome, number in zip(rows, outcomes, numbers, strict=True):
             found[row], distinct[row] = outcome, number
     return [each for each in found if each is not None], distinct
+
+
+def _measured(
+    model: Model,
+    questions: Sequence[Question],
+    variants: Sequence[Collection[Component]],
+    reference: Reference | None,
+    at_source: bool,
+) -> tuple[list[Outcome], list[int]]:
+    """Rerun one batch with components replaced; return how it answers, and how much was replaced."""
+    batch = pad([question.ids for question in questions], device=model.device)
+    logits, replaced = ablated_logits(model, batch, variants, reference=reference, at_source=at_source)
+    return measure_each(logits, [question.answer_id for question in questions]), replaced.tolist()
 
 
 def best_records(
     model: Model,
     questions: Sequence[Question],
-    batch: TokenBatch,
     methods: Sequence[str],
     k: Mapping[Unit, int],
     *,
     seed: int = 0,
     steps: int = 20,
 ) -> list[dict[str, dict[Unit, list[Component]]]]:
-    """Return, for each prompt of a batch, the best records by method and unit, best first; one trace serves all.
+    """Return each prompt's best records by method and unit, best first; one batch in one trace serves all.
 
     Args:
         model: A loaded model.
-        questions: One per row of the batch.
-        batch: Their tokens.
+        questions: The prompts.
         methods: Registered methods.
         k: How many of each unit; at most as many as a prompt has.
         seed: Seed for methods that draw random numbers.
         steps: Points on the path of integrated gradients.
     """
-    by_unit = {unit: {name: method_named(name, unit) for name in methods} for unit in k}
-    wanted = {unit: list(named.values()) for unit, named in by_unit.items()}
-    found = []
-    for candidates in all_candidates(model, questions, batch, wanted, seed=seed, steps=steps):
-        ranked: dict[str, dict[Unit, list[Component]]] = {name: {} for name in methods}
-        for unit, number in k.items():
-            for name, method in by_unit[unit].items():
-                ranked[name][unit] = candidates[unit].records(top_k(candidates[unit], method, number).best)
-        found.append(ranked)
-    return found
+    wanted: dict[Unit, dict[str, int | None]] = {unit: dict.fromkeys(methods, number) for unit, number in k.items()}
+    return [
+        {name: {unit: best[unit][name].records for unit in k} for name in methods}
+        for best in pick(model, questions, wanted, seed=seed, steps=steps)
+    ]
 
 
 def _budgets(k: int | Sequence[int] | Mapping[str, int], unit: str) -> list[dict[Unit, int]]:
@@ -217,7 +237,6 @@ def evaluate(
     """
     kinds = [ablation_kind(each) for each in ([kind] if isinstance(kind, str) else kind)]
     budgets = _budgets(k, unit)
-    largest = {each: max(budget[each] for budget in budgets) for each in budgets[0]}
     names = [method] if isinstance(method, str) else list(method)
     if not names or not kinds:
         raise BadInputError("the list of methods or kinds is empty; give at least one registered method and one kind.")
@@ -235,33 +254,84 @@ def evaluate(
         others = None if each_kind is AblationKind.ZERO else encoded if given is None else given
         values[each_kind] = reference_of(model, each_kind.value, others, ablated=encoded, seed=seed)
     arms = [(name, each_kind, number) for name in names for each_kind in kinds for number in range(len(budgets))]
-    results: dict[tuple[tuple[str, AblationKind, int], int], dict[str, object]] = {}
+    results: dict[int, list[Any]] = {}
     with tqdm(total=len(prompts), desc=f"{model.name} {', '.join(names)}", unit="prompt", disable=not progress) as bar:
-        for rows, batch in batches_of(model, questions):
+
+        def experiment(rows: list[int]) -> list[Any]:
             part = [questions[row] for row in rows]
-            ranked = best_records(model, part, batch, names, largest, seed=seed, steps=steps)
-            before, _ = outcomes(model, part, [()] * len(rows))
-            for each_kind in kinds:
-                jobs = [(place, arm) for place in range(len(rows)) for arm in arms if arm[1] is each_kind]
-                chosen = [_chosen(ranked[place][name], budgets[number]) for place, (name, _, number) in jobs]
-                asked = [part[place] for place, _ in jobs]
-                after, distinct = outcomes(model, asked, chosen, reference=values[each_kind], at_source=at_source)
-                for (place, arm), outcome, replaced in zip(jobs, after, distinct, strict=True):
-                    prompt = prompts[rows[place]]
-                    results[arm, rows[place]] = {
-                        "method": arm[0],
-                        "kind": each_kind.value,
-                        "k": sum(budgets[arm[2]].values()),
-                        "prompt": prompt.text,
-                        "answer": prompt.answer,
-                        "category": prompt.category,
-                        "fact": prompt.fact,
-                        "distinct": replaced,
-                        **{f"{key}_before": value for key, value in asdict(before[place]).items()},
-                        **{f"{key}_after": value for key, value in asdict(outcome).items()},
-                    }
+            return on_site(model, _experiment, part, names, budgets, values, at_source, seed, steps)
+
+        for rows, found in by_batch(model, [len(ids) for ids in encoded], experiment):
+            results.update(zip(rows, found, strict=True))
             bar.update(len(rows))
-    return pd.DataFrame([results[arm, row] for arm in arms for row in range(len(prompts))])
+    return pd.DataFrame(
+        [
+            _table_row(prompt, name, each_kind, sum(budgets[number].values()), results[row][0], results[row][1][place])
+            for place, (name, each_kind, number) in enumerate(arms)
+            for row, prompt in enumerate(prompts)
+        ]
+    )
+
+
+def _experiment(
+    model: Model,
+    questions: Sequence[Question],
+    names: Sequence[str],
+    budgets: Sequence[Mapping[Unit, int]],
+    kinds: Mapping[AblationKind, Reference | None],
+    at_source: bool,
+    seed: int,
+    steps: int,
+) -> list[list[Any]]:
+    """Rank one batch of prompts once, ablate every prompt's best in every arm, and measure.
+
+    Args:
+        model: A loaded model, whose weights are here.
+        questions: The prompts.
+        names: Methods.
+        budgets: How many of each unit.
+        kinds: Kinds of ablation, and what each takes its values from.
+        at_source: See :func:`evaluate`.
+        seed: As there.
+        steps: As there.
+
+    Returns:
+        For each prompt the fields of its :class:`Outcome` before, and a list of those after, by method, kind and
+        budget, each with how many coefficients were replaced as its last entry.
+    """
+    largest = {unit: max(budget[unit] for budget in budgets) for unit in budgets[0]}
+    ranked = best_records(model, questions, names, largest, seed=seed, steps=steps)
+    before, _ = outcomes(model, questions, [()] * len(questions))
+    arms = [(name, kind, number) for name in names for kind in kinds for number in range(len(budgets))]
+    found: list[list[Any]] = [[list(astuple(outcome)), [None] * len(arms)] for outcome in before]
+    for kind, reference in kinds.items():
+        jobs = [(row, place) for row in range(len(questions)) for place, arm in enumerate(arms) if arm[1] is kind]
+        chosen = [_chosen(ranked[row][arms[place][0]], budgets[arms[place][2]]) for row, place in jobs]
+        asked = [questions[row] for row, _ in jobs]
+        after, distinct = outcomes(model, asked, chosen, reference=reference, at_source=at_source)
+        for (row, place), outcome, replaced in zip(jobs, after, distinct, strict=True):
+            found[row][1][place] = [*astuple(outcome), replaced]
+    return found
+
+
+def _table_row(
+    prompt: Prompt, method: str, kind: AblationKind, k: int, before: Sequence[float], after: Sequence[float]
+) -> dict[str, object]:
+    """Return one row of the table of :func:`evaluate`."""
+    *measured, replaced = after
+    names = [each.name for each in fields(Outcome)]
+    return {
+        "method": method,
+        "kind": kind.value,
+        "k": k,
+        "prompt": prompt.text,
+        "answer": prompt.answer,
+        "category": prompt.category,
+        "fact": prompt.fact,
+        "distinct": replaced,
+        **{f"{name}_before": value for name, value in zip(names, before, strict=True)},
+        **{f"{name}_after": value for name, value in zip(names, measured, strict=True)},
+    }
 
 
 def _chosen(ranked: Mapping[Unit, list[Component]], budget: Mapping[Unit, int]) -> list[Component]:

@@ -96,11 +96,6 @@ class Effects:
     attention: Tensor | None
 
 
-# A gradient mode belongs to a thread, on which the model and what visits it in a trace take turns: it is set around
-# whole passes, whatever the caller has set. Tensors made in inference mode can be part of no graph, but the copies of
-# the batch that are made here can.
-@torch.inference_mode(mode=False)
-@torch.enable_grad()
 def read_effects(
     model: Model,
     batch: TokenBatch,
@@ -126,7 +121,8 @@ def read_effects(
         Detached tensors on the model's device, in float32, or in float64 if the model is.
 
     Raises:
-        BadInputError: If the kind is unknown, or ``steps`` is not a positive integer.
+        BadInputError: If the kind is unknown, ``steps`` is not a positive integer, or the model is spread over devices
+            or processes and the kind takes backward passes.
     """
     if kind not in KINDS:
         raise BadInputError(f"kind {kind!r} is not an estimate from a backward pass; use one of {', '.join(KINDS)}.")
@@ -134,14 +130,23 @@ def read_effects(
         raise BadInputError(f"steps {steps!r} is not a number of points of an integral; use 1 or more, such as 20.")
     assert answers.shape == (len(batch.ids),), f"{tuple(answers.shape)} answers for {len(batch.ids)} prompts"
     assert units, "no unit is wanted"
+    if model.anatomy.spread and kind != "relevance":
+        raise BadInputError(
+            f"kind {kind!r} takes backward passes, and model {model.name!r} is spread over devices or processes; load "
+            "it on one device, or use a method without backward passes."
+        )
     answers = answers.to(model.device)
-    if kind == "integrated_gradients":
-        found = {unit: _integrated(model, batch, answers, unit, steps) for unit in units}
-    else:
-        one_pass = {"gradient": _gradient, "grad_drop": _grad_drop, "relevance": _relevance}[kind]
-        every_row = torch.arange(len(batch.ids), device=model.device)
-        chunks = [one_pass(model, batch.repeat_rows(rows), answers[rows], units) for rows in _chunks(every_row, batch)]
-        found = {unit: torch.cat([chunk[unit] for chunk in chunks], dim=1) for unit in units}
+    # A gradient mode belongs to a thread, on which the model and what visits it in a trace take turns: it is set around
+    # whole passes, whatever the caller has set. Tensors made in inference mode can be part of no graph, but the copies
+    # of the batch that are made here can.
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        if kind == "integrated_gradients":
+            found = {unit: _integrated(model, batch, answers, unit, steps) for unit in units}
+        else:
+            one_pass = {"gradient": _gradient, "grad_drop": _grad_drop, "relevance": _relevance}[kind]
+            rows = torch.arange(len(batch.ids), device=model.device)
+            chunks = [one_pass(model, batch.repeat_rows(part), answers[part], units) for part in _chunks(rows, batch)]
+            found = {unit: torch.cat([chunk[unit] for chunk in chunks], dim=1) for unit in units}
     return Effects(ffn=found.get("ffn"), attention=found.get("attention"))
 
 

@@ -302,7 +302,7 @@ def candidates_of(
         coefficients["attention"] = taken * activations.attention_gain[:, prompt, None, None, None].double()
     if table is None:
         table = _of_prompt(unit, anatomy, activations, prompt, coefficients["attention"])
-        rows = sum(len(vectors) for vectors in table.vectors)
+        rows = sum(table.sizes)
         coefficient = torch.ones(rows, dtype=torch.float64, device=activations.resid_pre.device)
         places = table.places(1)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,52 @@ from attribution.families import FAMILIES, family_of
 from attribution.hub import Fetched, cause_of, fetch, weights_file
 from attribution.records import NEURON_UNITS, Unit
 from attribution.registry import BUNDLED, entry_of, registry
-from attribution.trace import open_network
+from attribution.trace import SPREAD, open_elsewhere, open_network
 from attribution.vectors import VectorTable
 
 __all__ = ["Model", "load", "locate"]
 
 # Types that every operation of a forward pass is there for, on every device.
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class BatchSize:
+    """How many tokens one forward pass holds.
+
+    Attributes:
+        tokens: The number, padding included; 0 for what :func:`batch_tokens_for` says.
+    """
+
+    tokens: int = 0
+
+
+# Large enough to keep two cores busy, small enough that what one layer of the bundled models hands to the next stays in
+# a processor's cache (half or twice as many took a sixth longer).
+CHUNK_TOKENS = 1024
+# Of an accelerator's free memory, what a pass may take; the rest is for blocks of scores and for what is not reckoned.
+_SHARE_OF_MEMORY = 0.25
+_LARGEST_BATCH = 2**15
+
+
+def _processor(device: torch.device) -> bool:
+    # Of weights that are elsewhere nothing is known: what fits there is found out.
+    return device.type in ("cpu", "meta")
+
+
+def batch_tokens_for(anatomy: Anatomy) -> int:
+    """Return how many tokens one forward pass is given: a fixed number on a processor, on an accelerator by its memory.
+
+    A pass of one token keeps the values of every layer, and on the way the widest of what one block computes: about
+    four times its coefficients and eight times the stream.
+    """
+    device = anatomy.readout.unembedding.device
+    if _processor(device):
+        return CHUNK_TOKENS
+    free, _ = torch.accelerator.memory.get_memory_info(device)
+    numbers = anatomy.layers * anatomy.heads * anatomy.head_dim + 4 * anatomy.ffn_neurons + 8 * anatomy.width
+    per_token = numbers * anatomy.readout.unembedding.element_size()
+    return int(min(max(_SHARE_OF_MEMORY * free / per_token, 1), _LARGEST_BATCH))
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +76,8 @@ class Model:
         tokenizer: Its tokenizer.
         source: The folder or the hub id that it was loaded from.
         revision: The commit on the hub that was loaded; empty for a folder.
+        remote: Where its weights are: here if ``False``; otherwise what :func:`load` was told.
+        batch: How many tokens fit one forward pass, see :attr:`batch_tokens`.
     """
 
     name: str
@@ -45,6 +86,28 @@ class Model:
     tokenizer: Any = field(repr=False)
     source: str = ""
     revision: str = ""
+    remote: bool | str = False
+    batch: BatchSize = field(default_factory=BatchSize, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what the network holds: on the other side it is another one, with weights."""
+        kept = ("name", "network", "source", "revision", "batch")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        network = state["network"]
+        anatomy = read_anatomy(network._module, state["name"], check=False)
+        self.__dict__.update(state, anatomy=anatomy, tokenizer=network.tokenizer, remote=False)
+
+    @cached_property
+    def on_site(self) -> Model:
+        """The same model for what runs where its weights are, see :func:`attribution.trace.on_site`."""
+        return replace(self, remote=False)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in one forward pass, padding included: as given, or what memory is taken to hold."""
+        return self.batch.tokens or batch_tokens_for(self.anatomy)
 
     @property
     def device(self) -> torch.device:
@@ -74,9 +137,10 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
-    remote: bool = False,
+    remote: bool | str = False,
     models_dir: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
+    batch_tokens: int | None = None,
 ) -> Model:
     """Load a model.
 
@@ -87,24 +151,36 @@ def load(
     Args:
         name: ``"bundled:gpt2"`` or ``"bundled:llama"``; a registered name such as ``"gpt2"``; a hub id
             ``"org/name"``; or a folder in the layout of ``save_pretrained``.
-        device: Where the weights go; ``"cpu"`` when ``None``.
+        device: Where the weights go; ``"cpu"`` when ``None``. ``"auto"`` spreads them over all accelerators and, if
+            they do not hold them, memory (what is left on disk is refused); ``"tensor_parallel"`` over the processes
+            that torchrun started, each of which then makes the same calls and gets the same results.
         dtype: Type of the weights, or its name; when ``None``, that of the registry, and float32 for a model that is
             not registered. Scores are computed in float64 whatever it is.
         revision: Branch, tag or commit on the hub; when ``None``, the registered one or else the default branch.
-        remote: Machines that hold the weights elsewhere; not supported yet.
+        remote: ``True`` for a model whose weights stay on NDIF: only its config and tokenizer are fetched, and
+            :func:`attribution.attribute`, ``query``, ``ablate`` and ``evaluate`` run there as nnsight sessions; the
+            address of another server of that kind; or ``"local"`` to load it here and run the same sessions here, sent
+            through serialisation.
         models_dir: Folder of model folders, looked in before the hub: ``models_dir/gpt2`` and so on; the
             environment variable ``ATTRIBUTION_MODELS`` when ``None``.
         allow_pickle: Read pickled weights (``pytorch_model.bin``) where there are no safetensors.
+        batch_tokens: Tokens in one forward pass, padding included; when ``None``, 1,024 on a processor, and on an
+            accelerator as many as a quarter of its free memory is taken to hold. When memory runs out the number is
+            halved, with a :class:`attribution.questions.SmallerBatchWarning`.
 
     Raises:
         BadInputError: If an argument cannot be used.
         ModelError: If the model cannot be found, fetched or loaded.
         UnsupportedModelError: If its architecture has no anatomy.
     """
-    if remote:
-        raise BadInputError(f"remote={remote!r} is not supported yet; load the model here with remote=False.")
     _check_names(name, revision)
-    place, kind = _device(device), _dtype(dtype if dtype is not None else entry_of(name).dtype)
+    if batch_tokens is not None and not (type(batch_tokens) is int and batch_tokens > 0):
+        raise BadInputError(f"batch_tokens = {batch_tokens!r} is no number of tokens; use 1 or more, or leave it out.")
+    batch = BatchSize(batch_tokens or 0)
+    if remote and remote != "local":
+        return _load_remote(name, remote, device=device, dtype=dtype, revision=revision, batch=batch)
+    place = device if isinstance(device, str) and device in SPREAD else _device(device)
+    kind = _dtype(dtype if dtype is not None else entry_of(name).dtype)
     source = _find(name, models_dir)
     fetched = locate(name, revision=revision, models_dir=models_dir, allow_pickle=allow_pickle)
     folder, commit = fetched.folder, fetched.commit
@@ -117,7 +193,44 @@ def load(
         raise
     except Exception as error:  # safetensors and transformers raise many kinds; each gets one sentence.
         raise ModelError(_why_not(name, folder, error, from_hub=bool(commit))) from None
-    return Model(name, network, read_anatomy(network._module, name), network.tokenizer, str(source), commit)
+    anatomy = read_anatomy(network._module, name)
+    return Model(name, network, anatomy, network.tokenizer, str(source), commit, remote, batch)
+
+
+def _load_remote(
+    name: str,
+    remote: bool | str,
+    *,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    revision: str | None,
+    batch: BatchSize,
+) -> Model:
+    """Return a model whose weights stay elsewhere, made of its config and tokenizer on the hub."""
+    if device is not None or dtype is not None:
+        raise BadInputError(
+            f"device {device!r} and dtype {dtype!r} would be ignored, as the weights of model {name!r} stay where they "
+            "are; leave both out, or load it here with remote=False."
+        )
+    if isinstance(remote, str) and not remote.startswith(("http://", "https://")):
+        raise BadInputError(f"remote={remote!r} is no place of a model; use True, 'local' or an address 'https://...'.")
+    source = _find(name, None)
+    if isinstance(source, Path):
+        raise BadInputError(
+            f"model {name!r} is the folder {str(source)!r}, which no other machine has; name a model of the hub, or "
+            "load it here with remote=False."
+        )
+    try:
+        network = open_elsewhere(source, revision=revision)
+        anatomy = read_anatomy(network._module, name, check=False)
+    except AttributionError:
+        raise
+    except Exception as error:  # As above.
+        raise ModelError(
+            f"the config and tokenizer of model {name!r} cannot be fetched from the hub ({type(error).__name__}: "
+            f"{cause_of(error)}); go online, log in if the model is gated, or load it here with remote=False."
+        ) from None
+    return Model(name, network, anatomy, network.tokenizer, source, revision or "", remote, batch)
 
 
 def locate(

@@ -34,11 +34,12 @@ from attribution.anatomy import Anatomy
 from attribution.errors import BadInputError
 from attribution.knowledge import Prompt
 from attribution.model import Model
-from attribution.questions import CHUNK_TOKENS, Question, batches_of, prompts_with_answers, question_of
+from attribution.questions import Question, by_batch, prompts_with_answers, question_of
 from attribution.ranking import Ranking, attribute, scores_of
 from attribution.records import AttentionNeuron, FFNNeuron, Neuron, Sublayer
 from attribution.subkeys import SUBKEYS, SubkeyKind, components_of, query_neuron_scores, read_subkeys, shares
-from attribution.trace import Activations, read_activations
+from attribution.tokens import pad
+from attribution.trace import Activations, on_site, read_activations
 
 __all__ = ["QueryRanking", "query"]
 
@@ -193,7 +194,7 @@ def _checked(model: Model, question: Question, given: object) -> tuple[list[Neur
     for neuron, score in zip(neurons, scores.tolist(), strict=True):
         if not isfinite(score):
             raise BadInputError(f"value neuron {neuron!r} has the score {score}; give finite scores.")
-    return neurons, scores.double().to(model.device)
+    return neurons, scores.double().cpu()
 
 
 def _strongest(model: Model, questions: Sequence[Question]) -> list[tuple[list[Neuron], Tensor]]:
@@ -216,7 +217,7 @@ def _strongest(model: Model, questions: Sequence[Question]) -> list[tuple[list[N
     return [
         (
             [cast(Neuron, neuron) for ranking in both for neuron in ranking.neurons],
-            torch.cat([ranking.scores for ranking in both]).to(model.device),
+            torch.cat([ranking.scores for ranking in both]),
         )
         for both in chosen
     ]
@@ -235,6 +236,42 @@ def _layers_frame(anatomy: Anatomy, totals: dict[Sublayer, Tensor], *, biases: b
     return frame.astype({"layer": "Int64"})
 
 
+@dataclass(frozen=True)
+class _Woken:
+    """What is computed of one prompt where the weights are.
+
+    Attributes:
+        best: Query FFN neurons, best first, as layer * ffn_neurons + index, (k,).
+        scores: Their scores, (k,).
+        candidates: How many there were.
+        totals: Query score of every component, by the unit of the value neurons.
+        kept: Whether each value neuron has shares, (n,).
+        amplification: The largest of those that have.
+    """
+
+    best: Tensor
+    scores: Tensor
+    candidates: int
+    totals: dict[Sublayer, Tensor]
+    kept: Tensor
+    amplification: float
+
+
+def _woken(
+    model: Model,
+    questions: Sequence[Question],
+    value_neurons: Sequence[tuple[list[Neuron], Tensor]],
+    options: _Options,
+) -> list[_Woken]:
+    """Trace one batch of prompts, at all positions, and return the query side of each."""
+    batch = pad([question.ids for question in questions], device=model.device)
+    activations = read_activations(model, batch, positions="all", logits=False)
+    return [
+        _explain(model, activations, prompt, question, chosen, options)
+        for prompt, (question, chosen) in enumerate(zip(questions, value_neurons, strict=True))
+    ]
+
+
 def _explain(
     model: Model,
     activations: Activations,
@@ -242,10 +279,10 @@ def _explain(
     question: Question,
     value_neurons: tuple[list[Neuron], Tensor],
     options: _Options,
-) -> QueryRanking:
+) -> _Woken:
     """Return the query side of one prompt of a traced batch."""
     anatomy, length, dtype = model.anatomy, len(question.ids), activations.resid_pre.dtype
-    neurons, importance = value_neurons
+    neurons, importance = value_neurons[0], value_neurons[1].to(model.device)
     readings = read_subkeys(
         anatomy,
         components_of(activations, prompt, length),
@@ -276,29 +313,48 @@ def _explain(
         positions=[neuron.position for neuron in readers],
     ).flatten()
     best = torch.argsort(scores, descending=True, stable=True)[: options.k]
-    totals = {unit: divided.share[:, own] @ importance[own] for unit, own in members.items() if own.any()}
+    return _Woken(
+        best=best.cpu(),
+        scores=scores[best].cpu(),
+        candidates=len(scores),
+        totals={unit: (divided.share[:, own] @ importance[own]).cpu() for unit, own in members.items() if own.any()},
+        kept=divided.kept.cpu(),
+        amplification=float(divided.amplification[divided.kept].max()),
+    )
+
+
+def _query_ranking(
+    anatomy: Anatomy,
+    question: Question,
+    value_neurons: tuple[list[Neuron], Tensor],
+    woken: _Woken,
+    options: _Options,
+) -> QueryRanking:
+    neurons, importance = value_neurons
+    kept = woken.kept.tolist()
     return QueryRanking(
         prompt=question.text,
         answer=question.answer,
         answer_id=question.answer_id,
-        neurons=[FFNNeuron(*divmod(place, anatomy.ffn_neurons)) for place in best.tolist()],
-        scores=scores[best].cpu(),
-        candidates=len(scores),
-        layers=_layers_frame(anatomy, totals, biases=options.biases),
-        value_neurons=kept,
-        value_scores=importance[divided.kept].cpu(),
-        left_out=[neuron for neuron, keep in zip(neurons, divided.kept.tolist(), strict=True) if not keep],
-        amplification=float(divided.amplification[divided.kept].max()),
+        neurons=[FFNNeuron(*divmod(place, anatomy.ffn_neurons)) for place in woken.best.tolist()],
+        scores=woken.scores,
+        candidates=woken.candidates,
+        layers=_layers_frame(anatomy, woken.totals, biases=options.biases),
+        value_neurons=[neuron for neuron, keep in zip(neurons, kept, strict=True) if keep],
+        value_scores=importance[woken.kept],
+        left_out=[neuron for neuron, keep in zip(neurons, kept, strict=True) if not keep],
+        amplification=woken.amplification,
         subkey=options.subkey,
         centring=options.centring,
         biases=options.biases,
     )
 
 
-def _shrink(anatomy: Anatomy) -> int:
+def _shrink(model: Model) -> int:
     """Return how many times fewer tokens than usual to trace at once, since every position is kept."""
+    anatomy = model.anatomy
     per_token = anatomy.layers * (5 * anatomy.width + anatomy.ffn_neurons)
-    return 1 + CHUNK_TOKENS * per_token // _TRACED_NUMBERS
+    return 1 + model.batch_tokens * per_token // _TRACED_NUMBERS
 
 
 @overload
@@ -395,8 +451,11 @@ def query(
             )
         chosen = [_checked(model, question, own) for question, own in zip(questions, given, strict=True)]
     found: dict[int, QueryRanking] = {}
-    for rows, batch in batches_of(model, questions, variants=_shrink(model.anatomy)):
-        activations = read_activations(model, batch, positions="all", logits=False)
-        for place, row in enumerate(rows):
-            found[row] = _explain(model, activations, place, questions[row], chosen[row], options)
+
+    def woken(rows: list[int]) -> list[_Woken]:
+        return on_site(model, _woken, [questions[row] for row in rows], [chosen[row] for row in rows], options)
+
+    for rows, explained in by_batch(model, [len(each.ids) for each in questions], woken, variants=_shrink(model)):
+        for row, each in zip(rows, explained, strict=True):
+            found[row] = _query_ranking(model.anatomy, questions[row], chosen[row], each, options)
     return found[0] if single else [found[row] for row in range(len(questions))]

@@ -16,14 +16,14 @@ from attribution.importance import Candidates, candidates_of
 from attribution.knowledge import Prompt
 from attribution.methods import Method, method_named, score_candidates
 from attribution.model import Model
-from attribution.questions import Question, batches_of, prompts_with_answers, question_of
+from attribution.questions import Question, by_batch, prompts_with_answers, question_of
 from attribution.records import SUBLAYERS, Component, FFNNeuron, Sublayer, Unit, unit_named
 from attribution.selection import Certificate, top_k
-from attribution.tokens import TokenBatch
-from attribution.trace import read_activations
+from attribution.tokens import TokenBatch, pad
+from attribution.trace import on_site, read_activations
 from attribution.vectors import VectorTable
 
-__all__ = ["Ranking", "all_candidates", "attribute", "scores_of"]
+__all__ = ["Picked", "Ranking", "all_candidates", "attribute", "pick", "scores_of"]
 
 NAMES: dict[Unit, str] = {
     "ffn": "ffn neurons",
@@ -173,18 +173,65 @@ def _by_slot(effects: Effects, table: VectorTable, row: int, length: int) -> lis
     return found
 
 
+@dataclass(frozen=True)
+class Picked:
+    """The best of one prompt by one method: see :class:`attribution.selection.Selection`, with records for places."""
+
+    records: list[Component]
+    scores: Tensor
+    certificate: Certificate
+    first_order: Tensor | None
+
+
+def pick(
+    model: Model,
+    questions: Sequence[Question],
+    wanted: Mapping[Unit, Mapping[str, int | None]],
+    *,
+    seed: int,
+    steps: int,
+    with_first_order: bool = False,
+) -> list[dict[Unit, dict[str, Picked]]]:
+    """Trace prompts once, in one batch, and return each one's best by unit and method.
+
+    Args:
+        model: A loaded model, whose weights are here.
+        questions: The prompts.
+        wanted: Unit to method to how many; all when ``None``.
+        seed: Seed for methods that draw random numbers.
+        steps: Points on the path of integrated gradients.
+        with_first_order: Return the first-order terms of the scores as well, of methods that have them.
+    """
+    batch = pad([question.ids for question in questions], device=model.device)
+    methods = {unit: {name: method_named(name, unit) for name in named} for unit, named in wanted.items()}
+    needed = {unit: list(named.values()) for unit, named in methods.items()}
+    found: list[dict[Unit, dict[str, Picked]]] = []
+    for candidates in all_candidates(model, questions, batch, needed, seed=seed, steps=steps):
+        best: dict[Unit, dict[str, Picked]] = {unit: {} for unit in wanted}
+        for unit, named in wanted.items():
+            for name, k in named.items():
+                chosen = top_k(candidates[unit], methods[unit][name], k, with_first_order=with_first_order)
+                records = candidates[unit].records(chosen.best)
+                best[unit][name] = Picked(records, chosen.scores.cpu(), chosen.certificate, chosen.first_order)
+        found.append(best)
+    return found
+
+
+def _scores_of(model: Model, question: Question, neurons: Sequence[Component]) -> Tensor:
+    method = method_named("log_prob_increase", "neuron")
+    batch = pad([question.ids], device=model.device)
+    candidates = all_candidates(model, [question], batch, {"neuron": [method]}, seed=0, steps=1)[0]["neuron"]
+    return score_candidates(method, candidates.take(candidates.places_of(neurons))).cpu()
+
+
 def scores_of(model: Model, prompt: str | Prompt, answer: str | None, neurons: Sequence[Component]) -> Tensor:
     """Return the log-probability increase of chosen neurons of one prompt, (n,), float64, in nats.
 
     Raises:
         BadInputError: If one is no neuron, or not in the model or the prompt.
     """
-    method = method_named("log_prob_increase", "neuron")
     (item,) = prompts_with_answers(prompt, answer)
-    question = question_of(model, item.text, item.answer)
-    ((_, batch),) = batches_of(model, [question])
-    candidates = all_candidates(model, [question], batch, {"neuron": [method]}, seed=0, steps=1)[0]["neuron"]
-    return score_candidates(method, candidates.take(candidates.places_of(neurons))).cpu()
+    return on_site(model, _scores_of, question_of(model, item.text, item.answer), list(neurons))
 
 
 @overload
@@ -246,28 +293,29 @@ def attribute(
         BadInputError: If an argument cannot be used; the message says which and why.
     """
     chosen = unit_named(unit)
-    scorer = method_named(method, chosen)
+    method_named(method, chosen)
     prompts = prompts_with_answers(prompt, answer)
     questions = [question_of(model, item.text, item.answer) for item in prompts]
     rankings: dict[int, Ranking] = {}
-    for rows, batch in batches_of(model, questions):
+
+    def picked(rows: list[int]) -> list[dict[Unit, dict[str, Picked]]]:
         part = [questions[row] for row in rows]
-        found = all_candidates(model, part, batch, {chosen: [scorer]}, seed=seed, steps=steps)
+        return on_site(model, pick, part, {chosen: {method: k}}, seed=seed, steps=steps, with_first_order=True)
+
+    for rows, found in by_batch(model, [len(question.ids) for question in questions], picked):
         for row, by_unit in zip(rows, found, strict=True):
-            candidates, question = by_unit[chosen], questions[row]
-            selection = top_k(candidates, scorer, k, with_first_order=True)
-            first_order = selection.first_order
+            best, question = by_unit[chosen][method], questions[row]
             rankings[row] = Ranking(
                 prompt=question.text,
                 answer=question.answer,
                 answer_id=question.answer_id,
                 unit=chosen,
                 method=method,
-                neurons=candidates.records(selection.best),
-                scores=selection.scores.cpu(),
-                exact=selection.certificate,
+                neurons=best.records,
+                scores=best.scores,
+                exact=best.certificate,
                 tokens=tuple(model.tokenizer.decode([token]) for token in question.ids),
-                first_order=None if first_order is None else first_order.cpu(),
+                first_order=None if best.first_order is None else best.first_order.cpu(),
             )
     if isinstance(prompt, str | Prompt):
         return rankings[0]

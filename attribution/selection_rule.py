@@ -11,9 +11,9 @@ from attribution.errors import BadInputError
 from attribution.knowledge import Knowledge, Prompt
 from attribution.metrics import SelectionOutcome, selection_outcome
 from attribution.model import Model
-from attribution.questions import Question, batches_of
-from attribution.tokens import answer_token, answer_tokens, encode
-from attribution.trace import rerun
+from attribution.questions import Question, by_batch
+from attribution.tokens import answer_token, answer_tokens, encode, pad
+from attribution.trace import on_site, rerun
 
 __all__ = ["one_token_words", "report_of", "selection_outcomes", "selection_report"]
 
@@ -53,11 +53,23 @@ def selection_outcomes(
                 f"prompt {prompt.text!r} has the category {prompt.category!r}, which has no word list among "
                 f"{', '.join(rivals)}; pass its words."
             )
-    for places, batch in batches_of(model, questions):
-        for place, logits in zip(places, rerun(model, batch), strict=True):
-            row = rows_asked[place]
-            found[row] = selection_outcome(logits, questions[place].answer_id, rivals[prompts[row].category])
+
+    def judged(places: list[int]) -> list[SelectionOutcome]:
+        part = [questions[place] for place in places]
+        return on_site(model, _judged, part, [rivals[prompts[rows_asked[place]].category] for place in places])
+
+    for places, outcomes in by_batch(model, [len(question.ids) for question in questions], judged):
+        found.update({rows_asked[place]: outcome for place, outcome in zip(places, outcomes, strict=True)})
     return [found[row] for row in range(len(prompts))]
+
+
+def _judged(model: Model, questions: Sequence[Question], rivals: Sequence[Sequence[int]]) -> list[SelectionOutcome]:
+    """Run one batch and apply the rule to each question with the tokens that its answer competes with."""
+    logits = rerun(model, pad([question.ids for question in questions], device=model.device))
+    return [
+        selection_outcome(row, question.answer_id, others)
+        for row, question, others in zip(logits, questions, rivals, strict=True)
+    ]
 
 
 def one_token_words(model: Model, words: Iterable[str]) -> dict[str, int]:

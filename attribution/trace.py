@@ -1,21 +1,28 @@
 """Open a model under nnsight, run it, read its activations and edit them: one trace per batch.
 
 The only module that imports nnsight; others hand :func:`run` a function that visits modules. Modules are visited in
-forward order, which nnsight requires.
+forward order, which nnsight requires. What is computed from activations is handed to :func:`on_site`, which runs it
+where the weights are.
 """
 
 from __future__ import annotations
 
+import copyreg
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from attribution.anatomy import Anatomy, first_tensor, resolve
-from attribution.errors import ModelError
+from attribution.errors import BadInputError, ModelError
 from attribution.norms import frozen_scale
 from attribution.tokens import TokenBatch
 
@@ -23,12 +30,15 @@ if TYPE_CHECKING:
     from attribution.model import Model
 
 __all__ = [
+    "SPREAD",
     "Activations",
     "Edits",
     "Filler",
     "apply_edits",
     "block_outputs",
     "last_logits",
+    "on_site",
+    "open_elsewhere",
     "open_network",
     "read_activations",
     "rerun",
@@ -36,6 +46,8 @@ __all__ = [
     "skip_blocks",
     "wrap",
 ]
+
+T = TypeVar("T")
 
 Filler: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 """What a tensor's numbers are replaced with, or a function of the tensor that says so, such as other rows of it."""
@@ -100,6 +112,39 @@ class Edits:
     sources: Mapping[int, Replacement] = field(default_factory=dict)
 
 
+SPREAD = ("auto", "tensor_parallel")
+"""Devices that are several: all that this process has, or one of each process."""
+
+
+def open_elsewhere(repo: str, *, revision: str | None) -> Any:
+    """Return a model of the hub under nnsight, with its config and tokenizer but without weights."""
+    from nnsight import TransformersModel
+
+    return TransformersModel(
+        repo, revision=revision, task="text-generation", attn_implementation="eager", trust_remote_code=False
+    )
+
+
+def _placement(device: str | torch.device) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that spread the weights; none for a single device.
+
+    Raises:
+        ModelError: If no other process is there.
+    """
+    if device == "auto":
+        return {"device_map": "auto"}
+    if device == "tensor_parallel":
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            raise ModelError(
+                "device 'tensor_parallel' needs the processes that torchrun starts, and this one is alone; run it "
+                "under 'torchrun --nproc-per-node=N', or use another device."
+            )
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=int(os.environ["WORLD_SIZE"]), tp_plan="auto")}
+    return {}
+
+
 def open_network(folder: Path, *, dtype: torch.dtype, device: str | torch.device, pickled: bool = False) -> Any:
     """Load a causal language model under nnsight, with attention weights visible and gradients off.
 
@@ -108,11 +153,11 @@ def open_network(folder: Path, *, dtype: torch.dtype, device: str | torch.device
     Args:
         folder: The model's files.
         dtype: Type of the weights.
-        device: Where they go.
+        device: Where they go: a device, or one of :data:`SPREAD`.
         pickled: Read pickled weights; otherwise only safetensors.
 
     Raises:
-        ModelError: If weights are missing, which transformers would fill with random numbers.
+        ModelError: If weights are missing, which transformers would fill with random numbers, or do not fit.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -134,6 +179,7 @@ def open_network(folder: Path, *, dtype: torch.dtype, device: str | torch.device
             use_safetensors=not pickled,
             output_loading_info=True,
             trust_remote_code=False,
+            **_placement(device),
         )
     finally:
         if silence:
@@ -144,8 +190,14 @@ def open_network(folder: Path, *, dtype: torch.dtype, device: str | torch.device
             f"model {str(folder)!r} lacks {len(names)} weights, such as {names[0]}; download it again or train it "
             "whole."
         )
+    on_disk = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if on_disk:
+        raise ModelError(
+            f"model {str(folder)!r} does not fit: {len(on_disk)} weights, such as {on_disk[0]}, would stay on disk, "
+            "where they cannot be read; use a narrower dtype, or machines with more memory."
+        )
     module.requires_grad_(requires_grad=False)
-    return wrap(module.to(device), tokenizer)
+    return wrap(module if device in SPREAD else module.to(device), tokenizer)
 
 
 def wrap(module: Any, tokenizer: Any) -> Any:
@@ -153,6 +205,95 @@ def wrap(module: Any, tokenizer: Any) -> Any:
     from nnsight import TransformersModel
 
     return TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+
+
+def on_site(model: Model, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Run a function where the model's weights are, and return its result.
+
+    Elsewhere, it runs as one nnsight session, with all traces that it opens. Its code and that of everything it calls
+    goes there with its arguments; activations and weights stay there, and its result comes back. So that this is
+    small, a function should rank, measure and add up all it can.
+
+    Args:
+        model: A loaded model.
+        work: A function of the model as it is there and of the arguments. What it returns is made of numbers, strings,
+            tensors, this package's dataclasses, and lists, tuples and dictionaries of these.
+        arguments: Handed to ``work``.
+        options: Handed to ``work`` by name.
+
+    Raises:
+        ModelError: If the machine that holds the weights fails.
+        torch.OutOfMemoryError: If it fails for want of memory.
+    """
+    if not model.remote:
+        return work(model, *arguments, **options)
+    import nnsight
+    from nnsight.intervention.backends.remote import RemoteError
+
+    _make_portable()
+    here = model.on_site
+    try:
+        with model.network.session(remote=model.remote):
+            packed = nnsight.save(_packed(work(here, *arguments, **options)))
+    except RemoteError as error:
+        reason = " ".join(str(error).split())
+        if "out of memory" in reason:
+            raise torch.OutOfMemoryError(reason) from None
+        raise ModelError(
+            f"model {model.name!r} could not be asked where its weights are ({reason}); see that this machine serves "
+            "it, or load the model here with remote=False."
+        ) from None
+    found: T = _unpacked(packed)
+    return found
+
+
+def _make_portable() -> None:
+    """Have nnsight send this package's own code along, since the other side has not installed it."""
+    import nnsight
+
+    nnsight.register(__name__.partition(".")[0])
+    # Before Python 3.12 it holds a lock, which cannot be sent.
+    copyreg.pickle(cached_property, lambda each: (_cached_property, (each.func, each.attrname)))
+
+
+def _cached_property(function: Callable[[Any], Any], name: str) -> cached_property[Any]:
+    found = cached_property(function)
+    found.__set_name__(object, name)
+    return found
+
+
+def _packed(value: Any) -> Any:
+    """Return a result as plain containers: the other side has no classes of ours that it could name."""
+    if is_dataclass(value):
+        kind = type(value)
+        return {
+            "class": (kind.__module__, kind.__qualname__),
+            "fields": {each.name: _packed(getattr(value, each.name)) for each in fields(value)},
+        }
+    if isinstance(value, Enum):
+        return {"class": (type(value).__module__, type(value).__qualname__), "fields": {"value": value.value}}
+    if isinstance(value, dict):
+        return {"items": [(_packed(key), _packed(each)) for key, each in value.items()]}
+    if isinstance(value, list | tuple):
+        return [isinstance(value, tuple), *(_packed(each) for each in value)]
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _unpacked(value: Any) -> Any:
+    """Return what :func:`_packed` was given."""
+    if isinstance(value, list):
+        as_tuple, *rest = value
+        found = [_unpacked(each) for each in rest]
+        return tuple(found) if as_tuple else found
+    if not isinstance(value, dict):
+        return value
+    if "items" in value:
+        return {_unpacked(key): _unpacked(each) for key, each in value["items"]}
+    module, name = value["class"]
+    # Only this package's own classes, whatever the other side answers.
+    assert module.startswith(__name__.partition(".")[0] + ".")
+    kind = getattr(sys.modules[module], name)
+    return kind(**{key: _unpacked(each) for key, each in value["fields"].items()})
 
 
 def run(
@@ -172,6 +313,11 @@ def run(
     """
     import nnsight
 
+    if model.remote:
+        raise BadInputError(
+            f"model {model.name!r} has its weights elsewhere (remote={model.remote!r}), and this needs them here; "
+            "attribute, query, ablate or evaluate work there, or load the model with remote=False."
+        )
     network = model.network
     saved: dict[str, Any] = {}
     with network.trace(batch.inputs()) as tracer:
@@ -185,7 +331,7 @@ def run(
 def _replace(tensor: Tensor, replacement: Replacement) -> Tensor:
     mask, filler = replacement
     value = filler if isinstance(filler, Tensor) else filler(tensor)
-    return torch.where(mask, value.to(tensor.dtype), tensor)
+    return torch.where(mask.to(tensor.device), value.to(tensor), tensor)
 
 
 def _edit_input(projection: Any, replacement: Replacement, batch: TokenBatch) -> None:
@@ -195,16 +341,29 @@ def _edit_input(projection: Any, replacement: Replacement, batch: TokenBatch) ->
     projection.input = _replace(shaped, replacement).reshape(entered.shape)
 
 
+def _all_heads(pattern: Tensor, anatomy: Anatomy) -> Tensor:
+    """Return the attention weights of all heads, (B, heads, Q, P): tensor parallelism leaves each process its own."""
+    if pattern.shape[1] == anatomy.heads:
+        return pattern
+    import torch.distributed as dist
+
+    parts = [torch.empty_like(pattern, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, pattern.contiguous())
+    return torch.cat(parts, dim=1)
+
+
 def _edit_sources(
     attention: Any, layer: int, values: Tensor, replacement: Replacement, anatomy: Anatomy, batch: TokenBatch
 ) -> Tensor:
     """Replace what the last position takes of attention neurons; return the change of the projection's output."""
     output = attention.output
-    rows = torch.arange(len(batch.last), device=batch.last.device)
-    taken = torch.einsum("bhp,bphd->bhdp", output[1][rows, :, batch.last], values)
-    moved = (_replace(taken, replacement) - taken).sum(-1).flatten(1) @ anatomy.value_vectors[layer]
+    last = batch.last.to(output[0].device)
+    rows = torch.arange(len(last), device=last.device)
+    pattern = _all_heads(output[1], anatomy)
+    taken = torch.einsum("bhp,bphd->bhdp", pattern[rows, :, last], values)
+    moved = (_replace(taken, replacement) - taken).sum(-1).flatten(1) @ anatomy.value_vectors[layer].to(last.device)
     change = torch.zeros_like(output[0])
-    change[rows, batch.last] = moved
+    change[rows, last] = moved
     attention.output = (output[0] + change, *output[1:])
     return change
 
@@ -254,6 +413,10 @@ def last_logits(network: Any, anatomy: Anatomy, batch: TokenBatch) -> Tensor:
     """
     unembedding = resolve(network, anatomy.family.unembedding)
     rows = torch.arange(len(batch.last), device=batch.last.device)
+    if isinstance(unembedding.input, DTensor):
+        # Under tensor parallelism it cannot be cut to some positions: the logits are.
+        whole: Tensor = network.output.logits[rows, batch.last]
+        return whole
     unembedding.input = unembedding.input[rows, batch.last][:, None]
     logits: Tensor = network.output.logits[:, 0]
     return logits
@@ -312,8 +475,9 @@ def read_activations(
         Some families go on to change a module's output in place.
         """
         if positions == "all":
-            return tensor.detach().clone()
-        return tensor.movedim(axis, 1)[rows, batch.last].detach()
+            return tensor.detach().clone().to(rows.device)
+        place = tensor.device
+        return tensor.movedim(axis, 1)[rows.to(place), batch.last.to(place)].detach().to(rows.device)
 
     def batched(tensor: Tensor) -> Tensor:
         return tensor.reshape(*batch.ids.shape, -1)
@@ -331,17 +495,16 @@ def read_activations(
 
     def visit_block(block: Any, layer: int) -> dict[str, Tensor]:
         seen = {"resid_pre": query(block.input)}
-        seen["values"] = anatomy.split_values(resolve(block, family.value_projection).output).detach()
+        values = anatomy.split_values(resolve(block, family.value_projection).output).detach()
+        seen["values"] = values.to(rows.device)
         projection = resolve(block, family.attention_out)
         if layer in edits.mixed_values:
             _edit_input(projection, edits.mixed_values[layer], batch)
         projected = projection.output
         attention = resolve(block, family.attention)
-        seen["pattern"] = query(attention.output[1], 2)
+        seen["pattern"] = query(_all_heads(attention.output[1], anatomy), 2)
         if layer in edits.sources:
-            projected = projected + _edit_sources(
-                attention, layer, seen["values"], edits.sources[layer], anatomy, batch
-            )
+            projected = projected + _edit_sources(attention, layer, values, edits.sources[layer], anatomy, batch)
         raw = query(projected)
         seen["attention_gain"] = gain(raw, layer, "attention")
         seen["attention_output"] = written(raw, block, family.attention_post_norm)

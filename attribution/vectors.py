@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from attribution.anatomy import Anatomy, Readout
+from attribution.anatomy import Anatomy, ByLayer, Readout
 from attribution.projection import before_softmax, largest_row_norm
 from attribution.records import NEURON_UNITS, SUBLAYERS, Component, Layer, Unit
 
@@ -45,7 +46,7 @@ class VectorTable:
 
     unit: Unit
     sublayers: tuple[Layer, ...]
-    vectors: tuple[Tensor, ...]
+    vectors: Sequence[Tensor]
     folds: tuple[Tensor | None, ...]
     readout: Readout
     per_head: int
@@ -59,20 +60,25 @@ class VectorTable:
         sublayers = slots_of(unit, anatomy)
         vectors = {"attention": anatomy.value_vectors, "ffn": anatomy.subvalues}
         folds = {"attention": anatomy.attention_fold, "ffn": anatomy.ffn_fold}
+        chosen = ByLayer(lambda slot: vectors[sublayers[slot].kind][sublayers[slot].layer], len(sublayers))
         return cls(
             unit,
             sublayers,
-            tuple(vectors[each.kind][each.layer] for each in sublayers),
+            chosen if anatomy.spread else tuple(chosen),
             tuple(folds[each.kind][each.layer] for each in sublayers),
             anatomy.readout,
             anatomy.head_dim,
         )
 
     @cached_property
+    def sizes(self) -> list[int]:
+        """Number of rows of each slot."""
+        return [len(vectors) for vectors in self.vectors]
+
+    @cached_property
     def offsets(self) -> Tensor:
         """Place of each slot's first row among all rows, (slots,)."""
-        sizes = torch.tensor([0, *(len(vectors) for vectors in self.vectors)])
-        return sizes.cumsum(0)[:-1].to(self.readout.unembedding.device)
+        return torch.tensor([0, *self.sizes]).cumsum(0)[:-1].to(self.readout.unembedding.device)
 
     @cached_property
     def norms(self) -> Tensor:
@@ -103,9 +109,9 @@ class VectorTable:
         """
         if positions not in self._places:
             parts = []
-            for slot, vectors in enumerate(self.vectors):
+            for slot, size in enumerate(self.sizes):
                 depth = positions if self.sublayers[slot].kind == "attention" else 1
-                row, position = torch.unravel_index(torch.arange(len(vectors) * depth), (len(vectors), depth))
+                row, position = torch.unravel_index(torch.arange(size * depth), (size, depth))
                 parts.append((torch.full_like(row, slot), row, position))
             slots, rows, sources = (torch.cat(each) for each in zip(*parts, strict=True))
             device = self.readout.unembedding.device
@@ -169,8 +175,7 @@ class VectorTable:
     @cached_property
     def keeps_logits(self) -> bool:
         """Whether the logits of every vector are projected once and kept: a large model's would not fit."""
-        rows = sum(len(vectors) for vectors in self.vectors)
-        return self.unit in NEURON_UNITS and rows * len(self.readout.unembedding) <= _KEPT_NUMBERS
+        return self.unit in NEURON_UNITS and sum(self.sizes) * len(self.readout.unembedding) <= _KEPT_NUMBERS
 
     @cached_property
     def _kept_logits(self) -> Tensor:

@@ -215,7 +215,7 @@ def test_several_forward_passes_give_what_one_does(model: at.Model, kind: str, m
     prompts, options = [PROMPT, LONGER, SHORTER, TWIN], _options(kind, [PROMPT, LONGER, SHORTER, TWIN])
     whole = at.ablate(model, prompts, [MIXED] * 4, **options)
     passes = _counted_passes(model, monkeypatch)
-    monkeypatch.setattr("attribution.questions.CHUNK_TOKENS", 12)
+    monkeypatch.setattr("attribution.model.CHUNK_TOKENS", 12)
     parts = at.ablate(model, prompts, [MIXED] * 4, **options)
     assert len(passes) >= 3
     for row in range(4):
@@ -561,7 +561,7 @@ def test_a_long_donor_does_not_make_a_forward_pass_large(model: at.Model, monkey
     expected = at.ablate(model, SHORTER, MIXED, kind="resample", reference=LONGER)
     limit = 2 * len(_ids(model, LONGER))
     passes = _counted_passes(model, monkeypatch)
-    monkeypatch.setattr("attribution.questions.CHUNK_TOKENS", limit)
+    monkeypatch.setattr("attribution.model.CHUNK_TOKENS", limit)
     logits = at.ablate(model, [SHORTER] * 6, [MIXED] * 6, kind="resample", reference=LONGER)
     assert max(rows * positions for rows, positions in passes) <= 2 * limit
     for row in logits:
@@ -766,7 +766,7 @@ def test_a_prompt_without_a_donor_is_an_error_before_anything_runs(
     reference = [PROMPT, at.Prompt(PROMPT, " Paris")]
     passes = _counted_passes(model, monkeypatch)
     # One pass for each prompt, the one with a donor first.
-    monkeypatch.setattr("attribution.questions.CHUNK_TOKENS", 1)
+    monkeypatch.setattr("attribution.model.CHUNK_TOKENS", 1)
     with pytest.raises(BadInputError, match=r"'resample' found 1 reference prompts and none that differs"):
         at.ablate(model, [SHORTER, PROMPT], [FFN, FFN], kind="resample", reference=reference)
     assert passes == []

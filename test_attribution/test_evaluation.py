@@ -191,7 +191,7 @@ def test_several_forward_passes_give_the_table_of_one(
     model: at.Model, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _evaluate(model, method=["log_prob_increase", "random"], kind=kind)
-    monkeypatch.setattr("attribution.questions.CHUNK_TOKENS", 24)
+    monkeypatch.setattr("attribution.model.CHUNK_TOKENS", 24)
     parts = _evaluate(model, method=["log_prob_increase", "random"], kind=kind)
     assert list(parts["prompt"]) == list(whole["prompt"])
     assert list(parts["method"]) == list(whole["method"])

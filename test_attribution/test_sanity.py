@@ -248,9 +248,9 @@ def _ranked_elsewhere(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Meth
     """The paper's method, ranking on a copy of the model with shuffled weights."""
     method, twin, rank = replace(PAPER, name="elsewhere"), randomised(bench.model), evaluation.best_records
 
-    def best_records(model: at.Model, questions: Any, batch: Any, methods: Any, *rest: Any, **options: Any) -> Any:
+    def best_records(model: at.Model, questions: Any, methods: Any, *rest: Any, **options: Any) -> Any:
         assert list(methods) == ["elsewhere"], "the baselines were measured before"
-        return rank(twin, questions, batch, methods, *rest, **options)
+        return rank(twin, questions, methods, *rest, **options)
 
     monkeypatch.setattr(evaluation, "best_records", best_records)
     return method

@@ -156,7 +156,7 @@ def test_several_forward_passes_give_what_one_does(model: at.Model, monkeypatch:
     answers = [answer for _, answer in QUESTIONS]
     neurons = [[at.FFNNeuron(2, row)] for row in range(len(PROMPTS))]
     rankings, logits = at.attribute(model, PROMPTS, answers, k=5), at.ablate(model, PROMPTS, neurons)
-    monkeypatch.setattr("attribution.questions.CHUNK_TOKENS", 12)
+    monkeypatch.setattr("attribution.model.CHUNK_TOKENS", 12)
     for one, other in zip(rankings, at.attribute(model, PROMPTS, answers, k=5), strict=True):
         assert (one.prompt, one.neurons) == (other.prompt, other.neurons)
         torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=1e-5)

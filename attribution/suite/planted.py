@@ -85,8 +85,8 @@ def _measure_first(bench: Workbench, kind: Kind, methods: Sequence[str]) -> dict
         for name in asked:
             found[name].append(np.zeros(len(task.questions), dtype=bool))
         with _at(bench, kind, strength) as model:
-            for rows, batch in batches_of(model, task.questions):
-                ranked = best_records(model, [task.questions[row] for row in rows], batch, asked, {unit: 1})
+            for rows, _ in batches_of(model, task.questions):
+                ranked = best_records(model, [task.questions[row] for row in rows], asked, {unit: 1})
                 for row, best in zip(rows, ranked, strict=True):
                     for name in asked:
                         found[name][-1][row] = _is(best[name][unit][0], values[task.column[row]])

@@ -40,9 +40,9 @@ _SHARE = 0.5
 def _ranked(model: Model, questions: list[Question], method: str, seed: int) -> list[list[Component]]:
     """Return the top 10 for each question, as ranked on a model."""
     best: dict[int, list[Component]] = {}
-    for rows, batch in batches_of(model, questions):
+    for rows, _ in batches_of(model, questions):
         part = [questions[row] for row in rows]
-        ranked = best_records(model, part, batch, (method,), {"ffn": K}, seed=seed, steps=STEPS)
+        ranked = best_records(model, part, (method,), {"ffn": K}, seed=seed, steps=STEPS)
         best.update({row: each[method]["ffn"] for row, each in zip(rows, ranked, strict=True)})
     return [best[row] for row in range(len(questions))]
 

@@ -76,7 +76,7 @@ def first_vectors(candidates: Candidates, method: Method, number: int) -> list[i
 
 
 def _vectors(candidates: Candidates) -> int:
-    return sum(len(vectors) for vectors in candidates.table.vectors)
+    return sum(candidates.table.sizes)
 
 
 def _kept(

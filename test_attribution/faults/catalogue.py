@@ -70,8 +70,8 @@ ANATOMY = (
     _fault(
         "attention's output projection is transposed",
         "anatomy:read_anatomy",
-        "_rows_by_output(out).T for out in attention_outs",
-        "_rows_by_output(out) for out in attention_outs",
+        "_rows_by_output(attention_outs[layer], home).T",
+        "_rows_by_output(attention_outs[layer], home)",
     ),
     _fault(
         "Conv1D is read as Linear",
@@ -100,13 +100,13 @@ ANATOMY = (
     _fault(
         "the FFN's bias is forgotten",
         "anatomy:read_anatomy",
-        "_bias(out) for out in ffn_outs",
+        "_bias(out, home) for out in ffn_outs",
         "None for out in ffn_outs",
     ),
     _fault(
         "the value bias is forgotten",
         "anatomy:read_anatomy",
-        "_bias(projection) for projection in value_projections",
+        "_bias(projection, home) for projection in value_projections",
         "None for projection in value_projections",
     ),
     _fault("norms never centre", "anatomy:_read_norm", "centred=family.centred", "centred=False"),
