@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, fields
 from typing import Any, Literal
 
@@ -12,7 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from attribution.ablation import AblationKind, Reference, ablated_logits, ablation_kind, reference_of
+from attribution.baselines import facts_of
 from attribution.errors import BadInputError
+from attribution.journal import journal
 from attribution.knowledge import Prompt
 from attribution.methods import method_named
 from attribution.metrics import Outcome, SelectionOutcome, measure_each
@@ -204,6 +208,7 @@ def evaluate(
     seed: int = 0,
     steps: int = 20,
     progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
     """Ablate each prompt's best neurons, heads or layers and measure its answer before and after.
 
@@ -224,6 +229,8 @@ def evaluate(
             prompt and the same for all methods.
         steps: Points on the path of integrated gradients.
         progress: Show a progress bar.
+        resume: A file that each batch's results are appended to. A run that was interrupted, in whatever way, goes on
+            from there when it is asked the same again, with the result of one that was not.
 
     Returns:
         One row per method, kind, number and prompt, in the order given: method, kind, k, prompt, answer, category,
@@ -254,15 +261,33 @@ def evaluate(
         others = None if each_kind is AblationKind.ZERO else encoded if given is None else given
         values[each_kind] = reference_of(model, each_kind.value, others, ablated=encoded, seed=seed)
     arms = [(name, each_kind, number) for name in names for each_kind in kinds for number in range(len(budgets))]
+    # All that a result depends on.
+    asked = {
+        "prompts": [[question.text, question.answer] for question in questions],
+        "method": names,
+        "k": [dict(budget) for budget in budgets],
+        "kind": [each_kind.value for each_kind in kinds],
+        "reference": given,
+        "at_source": at_source,
+        "seed": seed,
+        "steps": steps,
+    }
     results: dict[int, list[Any]] = {}
-    with tqdm(total=len(prompts), desc=f"{model.name} {', '.join(names)}", unit="prompt", disable=not progress) as bar:
+    with (
+        nullcontext() if resume is None else journal(resume, asked | _facts(model), len(prompts)) as kept,
+        tqdm(total=len(prompts), desc=f"{model.name} {', '.join(names)}", unit="prompt", disable=not progress) as bar,
+    ):
 
         def experiment(rows: list[int]) -> list[Any]:
+            if kept is not None and all(row in kept.found for row in rows):
+                return [kept.found[row] for row in rows]
             part = [questions[row] for row in rows]
             return on_site(model, _experiment, part, names, budgets, values, at_source, seed, steps)
 
+        # A batch that was interrupted is measured again as a whole: beside other prompts, the last digits could differ.
         for rows, found in by_batch(model, [len(ids) for ids in encoded], experiment):
-            results.update(zip(rows, found, strict=True))
+            new = dict(zip(rows, found, strict=True))
+            results.update(new if kept is None else kept.keep(new))
             bar.update(len(rows))
     return pd.DataFrame(
         [
@@ -271,6 +296,12 @@ def evaluate(
             for row, prompt in enumerate(prompts)
         ]
     )
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    """Return what a file of results remembers of a model: its weights as well, where they are here and whole."""
+    here = model.remote in (False, "local") and not model.anatomy.spread
+    return {"model": model.described(), "weights": facts_of(model).weights if here else None}
 
 
 def _experiment(
