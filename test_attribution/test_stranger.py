@@ -23,13 +23,12 @@ PLUGINS = ("pytest-cov", "pytest-timeout", "pytest-randomly")
 
 OURS = """\
 import attribution as at
-from attribution.claims import Claim, judge
 
 def test_top_20_matter(attribution_model, attribution_prompts, assert_claim):
     frame = at.evaluate(attribution_model, attribution_prompts, k=20, progress=False)
-    claim = Claim("top 20", "the top 20 neurons carry the answer", "ours", "fall of p", "above", 0.01, "no ablation")
+    claim = at.Claim("top 20", "the top 20 neurons carry the answer", "ours", "fall of p", "above", 0.01, "no ablation")
     effects = frame["prob_before"] - frame["prob_after"]
-    assert_claim(judge(claim, model=attribution_model.name, effects=effects, facts=frame["fact"]))
+    assert_claim(at.judge(claim, model=attribution_model.name, effects=effects, facts=frame["fact"]))
 """
 
 PYPROJECT = """\
