@@ -183,7 +183,7 @@ def evaluate(
     at_source: bool = False,
     seed: int = 0,
     steps: int = 20,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Ablate each prompt's best neurons, heads or layers and measure its answer before and after.
 
@@ -203,7 +203,7 @@ def evaluate(
         seed: Seed for methods that draw random numbers, and of the donors that ``"resample"`` draws, one for each
             prompt and the same for all methods.
         steps: Points on the path of integrated gradients.
-        progress: Show a progress bar.
+        progress: Show a progress bar; when ``None``, if standard error is a terminal or in a notebook.
 
     Returns:
         One row per method, kind, number and prompt, in the order given: method, kind, k, prompt, answer, category,
@@ -236,7 +236,9 @@ def evaluate(
         values[each_kind] = reference_of(model, each_kind.value, others, ablated=encoded, seed=seed)
     arms = [(name, each_kind, number) for name in names for each_kind in kinds for number in range(len(budgets))]
     results: dict[tuple[tuple[str, AblationKind, int], int], dict[str, object]] = {}
-    with tqdm(total=len(prompts), desc=f"{model.name} {', '.join(names)}", unit="prompt", disable=not progress) as bar:
+    # Only tqdm's own None tells a notebook from a log.
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(prompts), desc=f"{model.name} {', '.join(names)}", unit="prompt", disable=hidden) as bar:
         for rows, batch in batches_of(model, questions):
             part = [questions[row] for row in rows]
             ranked = best_records(model, part, batch, names, largest, seed=seed, steps=steps)

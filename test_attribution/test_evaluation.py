@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -231,12 +232,22 @@ def test_the_seed_changes_no_method_that_draws_nothing(model: at.Model) -> None:
     assert _numbers(_evaluate(model, seed=0)) == _numbers(_evaluate(model, seed=1))
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_a_progress_bar_is_drawn_only_if_wanted(
-    model: at.Model, capsys: pytest.CaptureFixture[str], shown: bool
+@pytest.mark.parametrize(
+    ("options", "terminal", "shown"),
+    [({}, True, True), ({}, False, False), ({"progress": True}, False, True), ({"progress": False}, True, False)],
+    ids=["on a terminal", "in a log", "forced", "unwanted"],
+)
+def test_a_progress_bar_is_drawn_on_a_terminal_unless_said_otherwise(
+    model: at.Model,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, bool],
+    terminal: bool,
+    shown: bool,
 ) -> None:
     capsys.readouterr()
-    _evaluate(model, progress=shown)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    at.evaluate(model, PROMPTS, k=5, **options)
     output, errors = capsys.readouterr()
     assert output == ""
     assert ("5/5" in errors and "log_prob_increase" in errors) if shown else errors == ""

@@ -25,7 +25,7 @@ OURS = """\
 import attribution as at
 
 def test_top_20_matter(attribution_model, attribution_prompts, assert_claim):
-    frame = at.evaluate(attribution_model, attribution_prompts, k=20, progress=False)
+    frame = at.evaluate(attribution_model, attribution_prompts, k=20)
     claim = at.Claim("top 20", "the top 20 neurons carry the answer", "ours", "fall of p", "above", 0.01, "no ablation")
     effects = frame["prob_before"] - frame["prob_after"]
     assert_claim(at.judge(claim, model=attribution_model.name, effects=effects, facts=frame["fact"]))
