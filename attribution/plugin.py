@@ -449,9 +449,26 @@ def attribution_bench(request: pytest.FixtureRequest, attribution_model: Model) 
 
 
 @pytest.fixture(scope="session")
-def attribution_prompts(attribution_bench: Workbench) -> list[Prompt]:
-    """The prompts that methods are judged on: one of each fact that the model knows."""
-    return attribution_bench.prompts
+def attribution_prompts(request: pytest.FixtureRequest, attribution_bench: Workbench) -> list[Prompt]:
+    """The prompts that methods are judged on: one of each fact that the model knows; none at all is an error."""
+    name, file = attribution_bench.model.name, request.config.option.attribution_prompts
+    which = "bundled prompts" if file is None else f"prompts of {file}"
+    others = "give others by --prompts=FILE" if file is None else "give others"
+    problem, prompts = "", []
+    try:
+        prompts = attribution_bench.prompts
+    except AttributionError as error:
+        problem = f"model {name!r} cannot be asked the {which}: {str(error).removesuffix('.')}, or {others}."
+    else:
+        if not prompts:
+            select = f"python -m attribution select {name}" + ("" if file is None else f" --prompts {file}")
+            problem = (
+                f"model {name!r} knows none of the {len(attribution_bench.knowledge.prompts)} {which}, so there is "
+                f"nothing to ask; see by `{select}` why they fall, and {others} or choose another model."
+            )
+    if problem:
+        pytest.fail(problem, pytrace=False)
+    return prompts
 
 
 @pytest.fixture
