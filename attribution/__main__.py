@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attribution.errors import AttributionError, BadInputError
 from attribution.prompts_cli import add_commands
 from attribution.registry import DTYPES, declare, registry
+from attribution.wording import counted
 
 if TYPE_CHECKING:
     from attribution.model import Model
@@ -211,7 +212,8 @@ def _list_baselines(options: argparse.Namespace) -> int:
             f"{model} ({facts.dtype}, {facts.device}, {facts.weights[:19]})" for model, facts in baseline.models.items()
         )
         kilobytes = path_of(options.folder, name).stat().st_size / 1000
-        print(f"{name}: {len(baseline.verdicts)} claims on {models}; made {baseline.made}; {kilobytes:,.0f} kB")
+        claims = counted(len(baseline.verdicts), "claim")
+        print(f"{name}: {claims} on {models}; made {baseline.made}; {kilobytes:,.0f} kB")
     return 1 if broken else 0
 
 

@@ -25,6 +25,7 @@ from attribution.selection import top_k
 from attribution.selection_rule import selection_outcomes
 from attribution.tokens import TokenBatch, chunk_by_length, encode, pad
 from attribution.trace import Activations, read_activations
+from attribution.wording import counted
 
 __all__ = ["ablate", "best_records", "evaluate", "known_prompts", "outcomes", "traced_batches"]
 
@@ -76,7 +77,10 @@ def ablate(
         if not isinstance(variant, list | tuple | set | frozenset):
             raise BadInputError(f"{variant!r} is not a collection of neurons; pass a list of records for each prompt.")
     if len(variants) != len(encoded):
-        raise BadInputError(f"{len(encoded)} prompts came with {len(variants)} collections of neurons; give one each.")
+        raise BadInputError(
+            f"{counted(len(encoded), 'prompt')} came with {counted(len(variants), 'collection')} of neurons; give one "
+            "each."
+        )
     others = None if reference is None else _encoded(model, reference)
     values = reference_of(model, kind, others, ablated=encoded, seed=seed)
     logits = torch.empty(len(encoded), model.anatomy.vocabulary, dtype=model.anatomy.readout.unembedding.dtype)

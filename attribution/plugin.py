@@ -23,6 +23,7 @@ from attribution.collectors import COMPARE, EXHIBIT, LOADED, MEASURED, SAVE, VER
 from attribution.errors import AttributionError
 from attribution.options import add_options, spelled_out
 from attribution.registry import Entry, declare, entry_of, registry
+from attribution.wording import counted
 
 if TYPE_CHECKING:
     from attribution.baselines import ModelFacts
@@ -197,8 +198,9 @@ def _prompts_described(config: pytest.Config) -> str:
     whence = config.option.attribution_prompts if own else "bundled"
     most = config.option.attribution_max_prompts
     seed = config.option.attribution_seed
+    prompts = counted(len(knowledge.prompts), "prompt")
     return (
-        f"{whence}, {len(knowledge.prompts)} prompts of {facts} facts in {', '.join(knowledge.words)}"
+        f"{whence}, {prompts} of {counted(facts, 'fact')} in {', '.join(knowledge.words)}"
         + (f"; at most {most} for each model" if most else "")
         + (f"; seed {seed}" if seed else "")
     )
@@ -333,7 +335,7 @@ def _fetch(models: Mapping[str, int], config: pytest.Config) -> None:
                     allow_pickle=bool(options.attribution_allow_pickle),
                 )
         except AttributionError as error:
-            raise pytest.UsageError(f"{error} {tests} tests wait for it.") from None
+            raise pytest.UsageError(f"{error} {counted(tests, 'test waits', 'tests wait')} for it.") from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

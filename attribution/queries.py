@@ -39,6 +39,7 @@ from attribution.ranking import Ranking, attribute, scores_of
 from attribution.records import AttentionNeuron, FFNNeuron, Neuron, Sublayer
 from attribution.subkeys import SUBKEYS, SubkeyKind, components_of, query_neuron_scores, read_subkeys, shares
 from attribution.trace import Activations, read_activations
+from attribution.wording import counted
 
 __all__ = ["QueryRanking", "query"]
 
@@ -385,13 +386,13 @@ def query(
         given: object = [value_neurons] if single else value_neurons
         if not isinstance(given, list | tuple):
             raise BadInputError(
-                f"a list of {len(questions)} prompts came with a {type(given).__name__} as value_neurons; give a list "
-                "with a Ranking or a list of records for each prompt."
+                f"a list of {counted(len(questions), 'prompt')} came with a {type(given).__name__} as value_neurons; "
+                "give a list with a Ranking or a list of records for each prompt."
             )
         if len(given) != len(questions):
             raise BadInputError(
-                f"{len(questions)} prompts came with {len(given)} sets of value neurons; give a Ranking or a list of "
-                "records for each."
+                f"{counted(len(questions), 'prompt')} came with {counted(len(given), 'set')} of value neurons; give a "
+                "Ranking or a list of records for each."
             )
         chosen = [_checked(model, question, own) for question, own in zip(questions, given, strict=True)]
     found: dict[int, QueryRanking] = {}

@@ -54,7 +54,7 @@ def test_claims_of_a_family_are_reported_on_a_model_that_the_registry_says_nothi
             "reported, not asserted",
             "* shipped * refuted",
             "0 supported, 1 refuted, 0 inconclusive, 1 reported",
-            f"1 claims were not binding on {folders['gpt2']}; --attribution-assert makes them so",
+            f"1 claim was not binding on {folders['gpt2']}; --attribution-assert makes it so",
         ]
     )
     result = suite.runpytest_subprocess(f"--model={folders['gpt2']}", "--attribution-assert")
