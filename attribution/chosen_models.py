@@ -120,7 +120,7 @@ def described(entry: Entry, options: Any) -> str:
     folder = Path(options.attribution_models_dir or os.environ.get("ATTRIBUTION_MODELS") or "", entry.name)
     words = [entry.name]
     if not entry.bundled and folder.is_dir():
-        words.append(f"from {folder}")
+        words += [] if str(folder) == entry.source else [f"from {folder}"]
     elif entry.local and not entry.bundled and entry.source != entry.name:
         words.append(f"from {entry.source}")
     elif not entry.local:

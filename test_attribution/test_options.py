@@ -44,6 +44,7 @@ def test_claims_of_a_family_are_reported_on_a_model_that_the_registry_says_nothi
 ) -> None:
     suite.makepyfile(CLAIM)
     result = suite.runpytest_subprocess(f"--model={folders['gpt2']}")
+    assert _header(result) == [f"attribution: {folders['gpt2']} in float32 on cpu", PROMPTS]
     # Somebody's own claim is binding everywhere.
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
