@@ -26,6 +26,7 @@ from html import escape
 from math import isfinite
 from typing import TypeAlias, cast, overload
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -373,7 +374,7 @@ def query(
     Raises:
         BadInputError: If an argument cannot be used, or no value neuron has a denominator that can be told from zero.
     """
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1):
         raise BadInputError(
             f"k = {k!r} is not a whole number above 0; give at most how many query neurons to return, or None for all."
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -152,6 +153,15 @@ def test_several_numbers_and_kinds_are_those_measured_one_by_one(model: at.Model
         assert list(rows["prompt"]) == [prompt.text for prompt in PROMPTS]
     mixed = _evaluate(model, k={"ffn": 5, "attention": 3})
     assert set(mixed["k"]) == {8}
+
+
+def test_a_whole_number_may_be_numpys(model: at.Model) -> None:
+    """As pandas hands it out: which of its versions do so differs."""
+    three = np.int64(3)
+    assert _numbers(_evaluate(model, k=three)) == _numbers(_evaluate(model, k=3))
+    assert _numbers(_evaluate(model, k=[three, 5])) == _numbers(_evaluate(model, k=[3, 5]))
+    assert at.attribute(model, PROMPTS[2], k=three).neurons == at.attribute(model, PROMPTS[2], k=3).neurons
+    assert at.query(model, PROMPTS[2], k=three).neurons == at.query(model, PROMPTS[2], k=3).neurons
 
 
 def test_attention_neurons_may_be_ablated_at_their_source_alone(model: at.Model) -> None:
