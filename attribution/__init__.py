@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attribution.checks import Check, preflight
+    from attribution.claims import Claim, Verdict, judge
     from attribution.errors import AttributionError
     from attribution.evaluation import ablate, evaluate, known_prompts
     from attribution.knowledge import Prompt, load_knowledge
@@ -30,6 +31,7 @@ _HOMES = {
     "AttentionNeuron": "records",
     "AttributionError": "errors",
     "Check": "checks",
+    "Claim": "claims",
     "FFNNeuron": "records",
     "Head": "records",
     "HeadPosition": "records",
@@ -39,9 +41,11 @@ _HOMES = {
     "Prompt": "knowledge",
     "QueryRanking": "queries",
     "Ranking": "ranking",
+    "Verdict": "claims",
     "ablate": "evaluation",
     "attribute": "ranking",
     "evaluate": "evaluation",
+    "judge": "claims",
     "known_prompts": "evaluation",
     "load": "model",
     "load_knowledge": "knowledge",
@@ -55,6 +59,7 @@ __all__ = [
     "AttentionNeuron",
     "AttributionError",
     "Check",
+    "Claim",
     "FFNNeuron",
     "Head",
     "HeadPosition",
@@ -64,9 +69,11 @@ __all__ = [
     "Prompt",
     "QueryRanking",
     "Ranking",
+    "Verdict",
     "ablate",
     "attribute",
     "evaluate",
+    "judge",
     "known_prompts",
     "load",
     "load_knowledge",

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from attribution.errors import AttributionError, BadInputError
 from attribution.prompts_cli import add_commands
-from attribution.registry import declare, registry
+from attribution.registry import DTYPES, declare, registry
+from attribution.wording import counted
 
 if TYPE_CHECKING:
     from attribution.model import Model
 
 __all__ = ["main"]
-
-_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +88,7 @@ def _add_preflight(commands: Any) -> None:
 def _add_loading(parser: Any) -> None:
     parser.add_argument("--models-dir", type=Path, metavar="DIR", help="folder of model folders, used before the hub")
     parser.add_argument("--device", metavar="DEVICE", help="where the weights go (cpu)")
-    parser.add_argument("--dtype", choices=_DTYPES, help="type of the weights (the registered one, or float32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (the registered one, or float32)")
     parser.add_argument(
         "--revision", metavar="REVISION", help="branch, tag or commit on the hub (the registered one, or its default)"
     )
@@ -213,7 +212,8 @@ def _list_baselines(options: argparse.Namespace) -> int:
             f"{model} ({facts.dtype}, {facts.device}, {facts.weights[:19]})" for model, facts in baseline.models.items()
         )
         kilobytes = path_of(options.folder, name).stat().st_size / 1000
-        print(f"{name}: {len(baseline.verdicts)} claims on {models}; made {baseline.made}; {kilobytes:,.0f} kB")
+        claims = counted(len(baseline.verdicts), "claim")
+        print(f"{name}: {claims} on {models}; made {baseline.made}; {kilobytes:,.0f} kB")
     return 1 if broken else 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from attribution.errors import AttributionError
+from attribution.wording import counted
 
 if TYPE_CHECKING:
     from attribution.baselines import Baseline
@@ -194,8 +195,8 @@ class Gate:
         if self._broken:
             self._fail(
                 short,
-                f"{short}: {len(self._broken)} tests failed before they measured anything, such as {self._broken[0]}; "
-                "a baseline needs a whole run.",
+                f"{short}: {counted(len(self._broken), 'test')} failed before anything was measured, such as "
+                f"{self._broken[0]}; a baseline needs a whole run.",
             )
             return
         if session.shouldstop or session.shouldfail or session.exitstatus not in (0, 1, 5):
@@ -207,7 +208,7 @@ class Gate:
             self._fail(short, str(error))
             return
         path = path_of(self._folder, name)
-        self._lines.append(f"wrote {len(run.verdicts)} claims to {path}")
+        self._lines.append(f"wrote {counted(len(run.verdicts), 'claim')} to {path}")
         if new and not self._update:
             self._fail(
                 f"baseline {name!r} is new",

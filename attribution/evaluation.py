@@ -27,6 +27,7 @@ from attribution.records import Component, Unit, unit_named
 from attribution.selection_rule import selection_outcomes
 from attribution.tokens import TokenBatch, encode, pad
 from attribution.trace import Activations, on_site, read_activations
+from attribution.wording import counted
 
 __all__ = ["ablate", "best_records", "evaluate", "known_prompts", "outcomes", "traced_batches"]
 
@@ -78,7 +79,10 @@ def ablate(
         if not isinstance(variant, list | tuple | set | frozenset):
             raise BadInputError(f"{variant!r} is not a collection of neurons; pass a list of records for each prompt.")
     if len(variants) != len(encoded):
-        raise BadInputError(f"{len(encoded)} prompts came with {len(variants)} collections of neurons; give one each.")
+        raise BadInputError(
+            f"{counted(len(encoded), 'prompt')} came with {counted(len(variants), 'collection')} of neurons; give one "
+            "each."
+        )
     others = None if reference is None else _encoded(model, reference)
     values = reference_of(model, kind, others, ablated=encoded, seed=seed)
     # Where the weights are, they may have another dtype than a model without weights has here.
@@ -207,7 +211,7 @@ def evaluate(
     at_source: bool = False,
     seed: int = 0,
     steps: int = 20,
-    progress: bool = True,
+    progress: bool | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
     """Ablate each prompt's best neurons, heads or layers and measure its answer before and after.
@@ -228,7 +232,7 @@ def evaluate(
         seed: Seed for methods that draw random numbers, and of the donors that ``"resample"`` draws, one for each
             prompt and the same for all methods.
         steps: Points on the path of integrated gradients.
-        progress: Show a progress bar.
+        progress: Show a progress bar; when ``None``, if standard error is a terminal or in a notebook.
         resume: A file that each batch's results are appended to. A run that was interrupted, in whatever way, goes on
             from there when it is asked the same again, with the result of one that was not.
 
@@ -272,10 +276,12 @@ def evaluate(
         "seed": seed,
         "steps": steps,
     }
+    # Only tqdm's own None tells a notebook from a log.
+    hidden = None if progress is None else not progress
     results: dict[int, list[Any]] = {}
     with (
         nullcontext() if resume is None else journal(resume, asked | _facts(model), len(prompts)) as kept,
-        tqdm(total=len(prompts), desc=f"{model.name} {', '.join(names)}", unit="prompt", disable=not progress) as bar,
+        tqdm(total=len(prompts), desc=f"{model.name} {', '.join(names)}", unit="prompt", disable=hidden) as bar,
     ):
 
         def experiment(rows: list[int]) -> list[Any]:

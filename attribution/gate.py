@@ -14,6 +14,7 @@ import numpy.typing as npt
 from attribution.baselines import DEFINING, Baseline, Key, ModelFacts, is_finite, key_of, label, some
 from attribution.claims import Evidence, Verdict
 from attribution.errors import BadInputError
+from attribution.wording import counted
 
 __all__ = ["ALLOWABLE", "ROUNDING", "Change", "Comparison", "Policy", "compare", "words_of"]
 
@@ -332,7 +333,8 @@ def _claims_agree(before: Verdict, after: Verdict, problems: _Problems) -> bool:
     lost, gained = sorted(was.keys() - now.keys()), sorted(now.keys() - was.keys())
     if lost or gained:
         parts = [f"lacks {len(lost)} of the {len(was)} prompts of the baseline, such as {lost[0]!r}"] if lost else []
-        parts += [f"has {len(gained)} prompts that the baseline has not, such as {gained[0]!r}"] if gained else []
+        if gained:
+            parts.append(f"has {counted(len(gained), 'prompt')} that the baseline has not, such as {gained[0]!r}")
         problems.add(f"{' and '.join(parts)}; measure on the prompts of the baseline, or save a new one", key)
         return False
     moved = next((prompt for prompt in sorted(was) if was[prompt] != now[prompt]), None)

@@ -16,14 +16,13 @@ from attribution.errors import AttributionError, BadInputError, ModelError, Unsu
 from attribution.families import FAMILIES, family_of
 from attribution.hub import Fetched, cause_of, fetch, weights_file
 from attribution.records import NEURON_UNITS, Unit
-from attribution.registry import BUNDLED, entry_of, registry
+from attribution.registry import BUNDLED, DTYPES, entry_of, registry
 from attribution.trace import SPREAD, open_elsewhere, open_network
 from attribution.vectors import VectorTable
 
 __all__ = ["Model", "load", "locate"]
 
-# Types that every operation of a forward pass is there for, on every device.
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
 
 
 @dataclass

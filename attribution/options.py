@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import pytest
 
 from attribution.collectors import COMPARE, REPORT, SAVE
+from attribution.registry import DTYPES
 
 __all__ = ["add_options", "spelled_out"]
 
 _SHORT = ("model", "models-dir", "device", "dtype", "revision", "max-prompts", "seed", "prompts")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def _prompts(text: str) -> int:

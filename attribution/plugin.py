@@ -5,13 +5,9 @@ torch and nnsight are imported inside fixtures, so that a test run which uses no
 
 from __future__ import annotations
 
-import ast
-import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -19,10 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from attribution.chosen_models import (
+    DECLARED,
+    asked_words,
+    chosen_models,
+    described,
+    entry_by_id,
+    fetch,
+    id_of,
+    left_out_models,
+    models_of_the_run,
+)
 from attribution.collectors import COMPARE, EXHIBIT, LOADED, MEASURED, SAVE, VERDICT, Gate, Report, VerdictTable
 from attribution.errors import AttributionError
 from attribution.options import add_options, spelled_out
-from attribution.registry import Entry, declare, entry_of, registry
+from attribution.registry import declare, entry_of, registry
+from attribution.wording import counted
 
 if TYPE_CHECKING:
     from attribution.baselines import ModelFacts
@@ -52,8 +60,6 @@ _RECORDED = pytest.StashKey[set[tuple[str, object]]]()
 _FACTS = pytest.StashKey[dict[str, "ModelFacts"]]()
 _LOADED = pytest.StashKey[dict[str, str]]()
 _OWN_PROMPTS: pytest.StashKey[Knowledge] = pytest.StashKey()
-_DECLARED = pytest.StashKey[list[str]]()
-_FETCHED = pytest.StashKey[set[str]]()
 
 
 class PluginHooks:
@@ -106,7 +112,7 @@ def pytest_load_initial_conftests(
 def pytest_configure(config: pytest.Config) -> None:
     settings = config.rootpath / "pyproject.toml"
     try:
-        config.stash[_DECLARED] = declare(settings) if settings.is_file() else []
+        config.stash[DECLARED] = declare(settings) if settings.is_file() else []
         if config.option.attribution_prompts is not None:
             from attribution.prompt_files import load_prompts
 
@@ -120,7 +126,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{marker}: {meaning}")
     config.addinivalue_line("markers", f"{_ABOUT}(*names): what is known of these registered models alone")
     revision = config.option.attribution_revision
-    about = [entry.name for entry in _chosen_models(config) if _may_run(config.option.markexpr, entry, config)]
+    about = models_of_the_run(config)
     if revision is not None and len(about) != 1:
         raise pytest.UsageError(
             f"--revision={revision} is of one model, and the run is about {len(about)}; name one by --model=NAME or -m."
@@ -159,33 +165,17 @@ def _gated(config: pytest.Config) -> bool:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say which models a run is about, if it names any: tests that use none shall not be told of them."""
-    chosen = [entry for entry in _chosen_models(config) if _may_run(config.option.markexpr, entry, config)]
+    chosen = models_of_the_run(config)
     hooks = config.hook.pytest_attribution_models.get_hookimpls()
-    named = config.option.attribution_model or config.stash[_DECLARED] or hooks
-    asked = _asked(config) & {entry.marker for entry in chosen}
+    named = config.option.attribution_model or config.stash[DECLARED] or hooks
+    asked = asked_words(config) & {entry.marker for entry in chosen}
     if not chosen or not (named or asked or _OWN_PROMPTS in config.stash):
         return []
     options = config.option
     return [
-        *(f"attribution: {_described(entry, options)}" for entry in chosen),
+        *(f"attribution: {described(entry, options)}" for entry in chosen),
         f"prompts: {_prompts_described(config)}",
     ]
-
-
-def _described(entry: Entry, options: Any) -> str:
-    """Return a model in words, before it is loaded: from where, which commit, in what type, on what device."""
-    revision = options.attribution_revision or entry.revision
-    folder = Path(options.attribution_models_dir or os.environ.get("ATTRIBUTION_MODELS") or "", entry.name)
-    words = [entry.name]
-    if not entry.bundled and folder.is_dir():
-        words.append(f"from {folder}")
-    elif entry.local and not entry.bundled and entry.source != entry.name:
-        words.append(f"from {entry.source}")
-    elif not entry.local:
-        words += [] if entry.source == entry.name else [f"from {entry.source}"]
-        words.append(f"at {revision or 'its newest commit'}")
-    words.append(f"in {options.attribution_dtype or entry.dtype} on {options.attribution_device or 'cpu'}")
-    return " ".join(words)
 
 
 def _prompts_described(config: pytest.Config) -> str:
@@ -197,8 +187,9 @@ def _prompts_described(config: pytest.Config) -> str:
     whence = config.option.attribution_prompts if own else "bundled"
     most = config.option.attribution_max_prompts
     seed = config.option.attribution_seed
+    prompts = counted(len(knowledge.prompts), "prompt")
     return (
-        f"{whence}, {len(knowledge.prompts)} prompts of {facts} facts in {', '.join(knowledge.words)}"
+        f"{whence}, {prompts} of {counted(facts, 'fact')} in {', '.join(knowledge.words)}"
         + (f"; at most {most} for each model" if most else "")
         + (f"; seed {seed}" if seed else "")
     )
@@ -213,61 +204,6 @@ def _chosen_categories(config: pytest.Config) -> list[str]:
     return list(config.hook.pytest_attribution_categories(config=config) or CATEGORIES)
 
 
-def _chosen_models(config: pytest.Config) -> list[Entry]:
-    named = config.option.attribution_model
-    if named:
-        return [entry_of(name) for name in named]
-    hooked = config.hook.pytest_attribution_models(config=config)
-    return [entry_of(name) for name in hooked or config.stash[_DECLARED] or registry()]
-
-
-def _id_of(entry: Entry) -> str:
-    return Path(entry.name).name.replace(":", "-")
-
-
-def _asked(config: pytest.Config) -> set[str]:
-    """Return the words of ``-m``."""
-    return set(re.findall(r"\w+", config.option.markexpr or ""))
-
-
-def _left_out(config: pytest.Config) -> set[str]:
-    """Return the models that need the network and that nobody named: plain pytest needs none."""
-    if config.option.attribution_model:
-        return set()
-    asked = _asked(config) | {""}
-    return {entry.name for entry in _chosen_models(config) if not entry.local and entry.marker not in asked}
-
-
-def _may_run(expression: str, entry: Entry, config: pytest.Config) -> bool:
-    """Say whether ``-m`` leaves any claim about a model, of whatever kind."""
-    if entry.name in _left_out(config):
-        return False
-    if not expression or not entry.marker:
-        return True
-    markers = {each.marker for each in registry().values()}
-
-    def value(node: ast.AST) -> bool | None:
-        """Return what a part of the expression says; ``None`` where that depends on the kind of claim."""
-        if isinstance(node, ast.Expression):
-            return value(node.body)
-        if isinstance(node, ast.Name) and node.id in markers:
-            return node.id == entry.marker
-        if isinstance(node, ast.UnaryOp):
-            inner = value(node.operand)
-            return None if inner is None else not inner
-        if isinstance(node, ast.BoolOp):
-            decisive = isinstance(node.op, ast.Or)
-            values = [value(each) for each in node.values]
-            return decisive if decisive in values else None if None in values else not decisive
-        return None
-
-    try:
-        return value(ast.parse(expression.strip(), mode="eval")) is not False
-    except SyntaxError:
-        # Names of markers need not be Python's.
-        return True
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``--dist=loadfile``, give all claims about one model to one worker: they share what was measured."""
@@ -277,27 +213,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByModel(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            entry = _entry_by_id(nodeid, config)
+            entry = entry_by_id(nodeid, config)
             return super()._split_scope(nodeid) if entry is None else entry.name
 
     return ByModel(config, log)
 
 
-def _entry_by_id(nodeid: str, config: pytest.Config) -> Entry | None:
-    """Return the model that a test seems to be about by its id, which is all that workers say of it."""
-    parameters, left_out = nodeid.partition("[")[2], _left_out(config)
-    found = [
-        entry
-        for entry in _chosen_models(config)
-        if entry.name not in left_out and parameters.startswith((f"{_id_of(entry)}-", f"{_id_of(entry)}]"))
-    ]
-    return max(found, key=lambda entry: len(_id_of(entry)), default=None)
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fetch what the tests are about before the first one runs; what cannot be had ends the run in one line."""
     if not _is_worker(session.config) and not session.config.option.collectonly:
-        _fetch(Counter(name for name in map(_model_of, session.items) if name), session.config)
+        fetch(Counter(name for name in map(_model_of, session.items) if name), session.config)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -309,31 +234,8 @@ def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None
         # Somebody's own test may have a parameter that is called as a model.
         path = config.rootpath / file
         if not path.is_file() or "attribution_" in path.read_text(encoding="utf-8", errors="replace"):
-            found.update(entry.name for entry in (_entry_by_id(nodeid, config) for nodeid in tests) if entry)
-    _fetch(found, config)
-
-
-def _fetch(models: Mapping[str, int], config: pytest.Config) -> None:
-    """Fetch models, each with the number of tests that are about it."""
-    options, fetched = config.option, config.stash.setdefault(_FETCHED, set())
-    for name, tests in models.items():
-        if entry_of(name).bundled or name in fetched:
-            continue
-        from attribution.model import locate
-
-        fetched.add(name)
-        # pytest would keep the hub's progress bar to itself.
-        capture = config.pluginmanager.getplugin("capturemanager")
-        try:
-            with nullcontext() if capture is None else capture.global_and_fixture_disabled():
-                locate(
-                    name,
-                    revision=options.attribution_revision,
-                    models_dir=options.attribution_models_dir,
-                    allow_pickle=bool(options.attribution_allow_pickle),
-                )
-        except AttributionError as error:
-            raise pytest.UsageError(f"{error} {tests} tests wait for it.") from None
+            found.update(entry.name for entry in (entry_by_id(nodeid, config) for nodeid in tests) if entry)
+    fetch(found, config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -341,10 +243,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         parameters = [
             pytest.param(
                 entry.name,
-                id=_id_of(entry),
+                id=id_of(entry),
                 marks=getattr(pytest.mark, entry.marker) if entry.marker else (),
             )
-            for entry in _chosen_models(metafunc.config)
+            for entry in chosen_models(metafunc.config)
         ]
         metafunc.parametrize("attribution_model", parameters, indirect=True, scope="session")
     if "attribution_method" in metafunc.fixturenames:
@@ -378,7 +280,7 @@ def _about_another_model(item: pytest.Item) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out models that need the network, unless ``-m`` or ``--model`` names them: plain pytest needs none."""
-    names = _left_out(config)
+    names = left_out_models(config)
     left_out = [item for item in items if _model_of(item) in names or _about_another_model(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -449,9 +351,26 @@ def attribution_bench(request: pytest.FixtureRequest, attribution_model: Model) 
 
 
 @pytest.fixture(scope="session")
-def attribution_prompts(attribution_bench: Workbench) -> list[Prompt]:
-    """The prompts that methods are judged on: one of each fact that the model knows."""
-    return attribution_bench.prompts
+def attribution_prompts(request: pytest.FixtureRequest, attribution_bench: Workbench) -> list[Prompt]:
+    """The prompts that methods are judged on: one of each fact that the model knows; none at all is an error."""
+    name, file = attribution_bench.model.name, request.config.option.attribution_prompts
+    which = "bundled prompts" if file is None else f"prompts of {file}"
+    others = "give others by --prompts=FILE" if file is None else "give others"
+    problem, prompts = "", []
+    try:
+        prompts = attribution_bench.prompts
+    except AttributionError as error:
+        problem = f"model {name!r} cannot be asked the {which}: {str(error).removesuffix('.')}, or {others}."
+    else:
+        if not prompts:
+            select = f"python -m attribution select {name}" + ("" if file is None else f" --prompts {file}")
+            problem = (
+                f"model {name!r} knows none of the {len(attribution_bench.knowledge.prompts)} {which}, so there is "
+                f"nothing to ask; see by `{select}` why they fall, and {others} or choose another model."
+            )
+    if problem:
+        pytest.fail(problem, pytrace=False)
+    return prompts
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attribution.errors import BadInputError
+from attribution.wording import counted
 
 __all__ = ["add_commands"]
 
@@ -111,4 +112,4 @@ def _write(out: Path | None, prompts: Any, words: Any, *, as_json: bool) -> None
     if out is not None:
         write_prompts(out, prompts, words)
         # With --json, standard output holds JSON alone.
-        print(f"wrote {len(prompts)} prompts to {out}", file=sys.stderr if as_json else sys.stdout)
+        print(f"wrote {counted(len(prompts), 'prompt')} to {out}", file=sys.stderr if as_json else sys.stdout)

@@ -26,6 +26,7 @@ from html import escape
 from math import isfinite
 from typing import TypeAlias, cast, overload
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from attribution.records import AttentionNeuron, FFNNeuron, Neuron, Sublayer
 from attribution.subkeys import SUBKEYS, SubkeyKind, components_of, query_neuron_scores, read_subkeys, shares
 from attribution.tokens import pad
 from attribution.trace import Activations, on_site, read_activations
+from attribution.wording import counted
 
 __all__ = ["QueryRanking", "query"]
 
@@ -428,7 +430,7 @@ def query(
     Raises:
         BadInputError: If an argument cannot be used, or no value neuron has a denominator that can be told from zero.
     """
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1):
         raise BadInputError(
             f"k = {k!r} is not a whole number above 0; give at most how many query neurons to return, or None for all."
         )
@@ -441,13 +443,13 @@ def query(
         given: object = [value_neurons] if single else value_neurons
         if not isinstance(given, list | tuple):
             raise BadInputError(
-                f"a list of {len(questions)} prompts came with a {type(given).__name__} as value_neurons; give a list "
-                "with a Ranking or a list of records for each prompt."
+                f"a list of {counted(len(questions), 'prompt')} came with a {type(given).__name__} as value_neurons; "
+                "give a list with a Ranking or a list of records for each prompt."
             )
         if len(given) != len(questions):
             raise BadInputError(
-                f"{len(questions)} prompts came with {len(given)} sets of value neurons; give a Ranking or a list of "
-                "records for each."
+                f"{counted(len(questions), 'prompt')} came with {counted(len(given), 'set')} of value neurons; give a "
+                "Ranking or a list of records for each."
             )
         chosen = [_checked(model, question, own) for question, own in zip(questions, given, strict=True)]
     found: dict[int, QueryRanking] = {}

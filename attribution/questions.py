@@ -14,6 +14,7 @@ from attribution.errors import BadInputError, ModelError
 from attribution.knowledge import Prompt
 from attribution.model import Model
 from attribution.tokens import TokenBatch, answer_token, chunk_by_length, encode, pad
+from attribution.wording import counted
 
 __all__ = [
     "Question",
@@ -146,7 +147,9 @@ def prompts_with_answers(
     prompts = prompt_list(prompt)
     answers: list[Any] = list(answer) if isinstance(answer, list | tuple) else [answer] * len(prompts)
     if len(answers) != len(prompts):
-        raise BadInputError(f"{len(prompts)} prompts came with {len(answers)} answers; give one answer each.")
+        raise BadInputError(
+            f"{counted(len(prompts), 'prompt')} came with {counted(len(answers), 'answer')}; give one answer each."
+        )
     pairs = []
     for item, text in zip(prompts, answers, strict=True):
         if isinstance(item, Prompt):

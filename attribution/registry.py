@@ -18,9 +18,22 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["BUNDLED", "FAMILIES", "KNOWLEDGE_FAMILIES", "METHOD_FAMILIES", "Entry", "declare", "entry_of", "registry"]
+__all__ = [
+    "BUNDLED",
+    "DTYPES",
+    "FAMILIES",
+    "KNOWLEDGE_FAMILIES",
+    "METHOD_FAMILIES",
+    "Entry",
+    "declare",
+    "entry_of",
+    "registry",
+]
 
 BUNDLED = "bundled:"
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+"""Types of weights by torch's names: those that every operation of a forward pass is there for, on every device."""
 
 METHOD_FAMILIES = (
     "superiority",
@@ -63,7 +76,7 @@ class Entry:
         marker: The pytest marker that selects it; empty for a model that the registry does not know.
         source: Folder beside the registry for bundled models; hub id or folder for the others.
         revision: The commit of the hub that is loaded; empty for its newest one, and for folders.
-        dtype: Type of the weights.
+        dtype: Type of the weights, one of :data:`DTYPES`.
         value_neurons: How many value neurons of each unit the deletion claim ablates together.
         value_neurons_reason: Why that many.
         known_share: How much larger than its control the share of known prompts of each category must be, 0 to 1.
@@ -183,6 +196,8 @@ def _entry(name: str, table: Any, where: str) -> Entry:
             raise BadInputError(f"{where}: {each} is {value!r}; give a {_WORDS[wanted]}.")
     if given.marker and not given.marker.isidentifier():
         raise BadInputError(f"{where}: marker is {given.marker!r}; give letters, digits and underscores.")
+    if given.dtype not in DTYPES:
+        raise BadInputError(f"{where}: dtype is {given.dtype!r}; use one of {', '.join(DTYPES)}.")
     for family in given.asserted:
         if family not in FAMILIES:
             raise BadInputError(f"{where}: asserted names {family!r}; use some of {', '.join(FAMILIES)}.")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from attribution.claims import Verdict
+from attribution.wording import counted
 
 __all__ = ["verdict_row", "verdict_table"]
 
@@ -81,7 +82,8 @@ def verdict_table(rows: Sequence[dict[str, str]]) -> str:
         counts.append(f"{len(reported)} reported")
     waived = Counter(row["model"] for row in ordered if row["waived"])
     notes = [
-        f"{number} claims were not binding on {model}; --attribution-assert makes them so"
+        f"{counted(number, 'claim was', 'claims were')} not binding on {model}; --attribution-assert makes "
+        f"{'it' if number == 1 else 'them'} so"
         for model, number in waived.items()
     ]
     return "\n".join([*lines, ", ".join(counts), *notes])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,13 +112,14 @@ def top_k(candidates: Candidates, method: Method, k: int | None, *, with_first_o
         BadInputError: If k is not between 1 and the number of candidates, or the method returns nonsense.
     """
     total = len(candidates)
-    if k is not None and not (isinstance(k, int) and 1 <= k <= total):
+    if k is not None and not (isinstance(k, int | np.integer) and 1 <= k <= total):
         raise BadInputError(
             f"k = {k!r} is not between 1 and {total}, the number of candidates of unit {candidates.table.unit!r} "
             "here; choose a whole number in that range, or None for all."
         )
     everything = torch.arange(total, device=candidates.index.device)
-    k = total if k is None else k
+    # A number out of a frame may be NumPy's.
+    k = total if k is None else int(k)
     if method.bound is None or k == total:
         # Only a method whose scores are projected is scored to no more than the rounding of a projection.
         tolerance = 0.0 if method.bound is None else candidates.tolerance

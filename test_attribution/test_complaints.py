@@ -136,7 +136,7 @@ RUNS: dict[str, Row] = {
     "prompts with a typing error": (
         ("--prompts=own.jsonl",), lambda p: p.file("own.jsonl", '{"promt": "A b", "answer": "c"}'), ("'promt'", "use")
     ),
-    "model of the hub without network": (("--model=org/name",), _nothing, ("'org/name'", "go online", "1 tests wait")),
+    "model of the hub without network": (("--model=org/name",), _nothing, ("'org/name'", "go online", "1 test waits")),
     "folder that is no model": (("--model=./empty",), lambda p: p.file("empty/x", ""), ("config.json",)),
     "method under a name that is taken": (
         (),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -153,6 +155,15 @@ def test_several_numbers_and_kinds_are_those_measured_one_by_one(model: at.Model
     assert set(mixed["k"]) == {8}
 
 
+def test_a_whole_number_may_be_numpys(model: at.Model) -> None:
+    """As pandas hands it out: which of its versions do so differs."""
+    three = np.int64(3)
+    assert _numbers(_evaluate(model, k=three)) == _numbers(_evaluate(model, k=3))
+    assert _numbers(_evaluate(model, k=[three, 5])) == _numbers(_evaluate(model, k=[3, 5]))
+    assert at.attribute(model, PROMPTS[2], k=three).neurons == at.attribute(model, PROMPTS[2], k=3).neurons
+    assert at.query(model, PROMPTS[2], k=three).neurons == at.query(model, PROMPTS[2], k=3).neurons
+
+
 def test_attention_neurons_may_be_ablated_at_their_source_alone(model: at.Model) -> None:
     frame = _evaluate(model, unit="attention", k=30, at_source=True)
     _assert_after(
@@ -231,12 +242,22 @@ def test_the_seed_changes_no_method_that_draws_nothing(model: at.Model) -> None:
     assert _numbers(_evaluate(model, seed=0)) == _numbers(_evaluate(model, seed=1))
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_a_progress_bar_is_drawn_only_if_wanted(
-    model: at.Model, capsys: pytest.CaptureFixture[str], shown: bool
+@pytest.mark.parametrize(
+    ("options", "terminal", "shown"),
+    [({}, True, True), ({}, False, False), ({"progress": True}, False, True), ({"progress": False}, True, False)],
+    ids=["on a terminal", "in a log", "forced", "unwanted"],
+)
+def test_a_progress_bar_is_drawn_on_a_terminal_unless_said_otherwise(
+    model: at.Model,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, bool],
+    terminal: bool,
+    shown: bool,
 ) -> None:
     capsys.readouterr()
-    _evaluate(model, progress=shown)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    at.evaluate(model, PROMPTS, k=5, **options)
     output, errors = capsys.readouterr()
     assert output == ""
     assert ("5/5" in errors and "log_prob_increase" in errors) if shown else errors == ""

@@ -271,11 +271,11 @@ OTHERWISE = {
         _changed(effects=EFFECTS[:11]), "lacks 1 of the 12 prompts of the baseline, such as 'city 011 Rome'"
     ),
     "more prompts": (
-        _changed(effects=[*EFFECTS, 1.2]), "has 1 prompts that the baseline has not, such as 'city 012 Rome'"
+        _changed(effects=[*EFFECTS, 1.2]), "has 1 prompt that the baseline has not, such as 'city 012 Rome'"
     ),
     "a changed prompt": (
         _changed(prompts=_prompts(3, "town 003 Rome")),
-        "lacks 1 of the 12 prompts of the baseline, such as 'city 003 Rome' and has 1 prompts that the baseline has "
+        "lacks 1 of the 12 prompts of the baseline, such as 'city 003 Rome' and has 1 prompt that the baseline has "
         "not, such as 'town 003 Rome'",
     ),
     "another answer": (_changed(prompts=_prompts(3, "city 003 Oslo")), "such as 'city 003 Oslo'"),

@@ -190,7 +190,7 @@ def test_what_is_only_reported_is_compared_and_does_not_fail(suite: Suite) -> No
 
 def test_claims_about_what_a_model_knows_take_no_part(suite: Suite) -> None:
     suite.measure(one={}, two={"gated": False})
-    _says(suite.run("--attribution-save=main"), "wrote 1 claims")
+    _says(suite.run("--attribution-save=main"), "wrote 1 claim to")
     suite.measure(one={}, three={"gated": False})
     assert suite.run("--attribution-compare").ret == 0
 
@@ -236,7 +236,7 @@ def test_baseline_that_cannot_be_used_ends_the_run_before_it_starts(saved: Suite
 @pytest.mark.parametrize(
     ("claims", "options", "why"),
     [
-        ({"one": {}, "two": {"broken": True}}, (), "1 tests failed before they measured anything, such as test_suite"),
+        ({"one": {}, "two": {"broken": True}}, (), "1 test failed before anything was measured, such as test_suite"),
         ({"one": {"shift": -2}, "two": {}}, ("-x",), "the run was cut short; a baseline needs a whole run"),
         ({"one": {"gated": False}}, (), "no gated claim was measured"),
         ({"one": {}}, (), "it has the claim 'two' (paper on"),

@@ -541,7 +541,7 @@ def test_claims_on_a_model_that_cannot_be_fetched_end_in_one_error(user: User) -
     done = user.run(*PYTEST, "-m", "gpt2")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     [message] = [line for line in done.stderr.splitlines() if line]
-    assert re.fullmatch(r"ERROR: model 'gpt2' cannot be fetched, .*\. 1 tests wait for it\.", message)
+    assert re.fullmatch(r"ERROR: model 'gpt2' cannot be fetched, .*\. 1 test waits for it\.", message)
     for remedy in ("go online", "log in", "--models-dir=DIR", "-m bundled"):
         assert remedy in message
     assert not NOISE.search(done.stdout + done.stderr)

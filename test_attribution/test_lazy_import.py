@@ -38,10 +38,10 @@ def test_nothing_heavy_is_imported(modules: str) -> None:
     assert _run(code) == "[]"
 
 
-def test_records_and_prompts_are_reached_without_torch() -> None:
+def test_records_prompts_and_the_judge_are_reached_without_torch() -> None:
     code = (
         "import sys, attribution as at; at.FFNNeuron(0, 1); at.Prompt('a', ' b'); at.AttributionError; "
-        "at.load_knowledge; print('torch' in sys.modules)"
+        "at.load_knowledge; at.Claim; at.Verdict; at.judge; print('torch' in sys.modules)"
     )
     assert _run(code) == "False"
 

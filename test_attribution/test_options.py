@@ -44,6 +44,7 @@ def test_claims_of_a_family_are_reported_on_a_model_that_the_registry_says_nothi
 ) -> None:
     suite.makepyfile(CLAIM)
     result = suite.runpytest_subprocess(f"--model={folders['gpt2']}")
+    assert _header(result) == [f"attribution: {folders['gpt2']} in float32 on cpu", PROMPTS]
     # Somebody's own claim is binding everywhere.
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
@@ -54,7 +55,7 @@ def test_claims_of_a_family_are_reported_on_a_model_that_the_registry_says_nothi
             "reported, not asserted",
             "* shipped * refuted",
             "0 supported, 1 refuted, 0 inconclusive, 1 reported",
-            f"1 claims were not binding on {folders['gpt2']}; --attribution-assert makes them so",
+            f"1 claim was not binding on {folders['gpt2']}; --attribution-assert makes it so",
         ]
     )
     result = suite.runpytest_subprocess(f"--model={folders['gpt2']}", "--attribution-assert")

@@ -189,6 +189,43 @@ def test_real_model_path_loads_a_folder_in_the_layout_of_the_hub(
     result.stdout.fnmatch_lines([f"rootdir: {suite.path}"])
 
 
+LONG = "The capital of France is" + " the capital of France" * 20
+
+UNASKABLE = {
+    "knows none of the file": (
+        ["The capital of France is", "The capital of Italy is"],
+        "knows none of the 2 prompts of own.csv, so there is nothing to ask; see by `python -m attribution select "
+        "{model} --prompts own.csv` why they fall, and give others or choose another model.",
+    ),
+    "too long a prompt in the file": (
+        [LONG, "The capital of Italy is"],
+        f"cannot be asked the prompts of own.csv: prompt {LONG[:40]!r}... has * tokens, but the model's context holds "
+        "32; shorten it, or give others.",
+    ),
+    "too long a bundled prompt": (
+        [],
+        "cannot be asked the bundled prompts: prompt * tokens, but the model's context holds 32; shorten it, or give "
+        "others by --prompts=FILE.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("prompts", "sentence"), UNASKABLE.values(), ids=list(UNASKABLE))
+def test_model_that_can_be_asked_nothing_is_an_error_in_one_sentence(
+    pytester: pytest.Pytester, folders: dict[str, Path], prompts: list[str], sentence: str
+) -> None:
+    pytester.makepyfile("def test_it(attribution_prompts): assert False, 'not reached'")
+    rows = [f"{text},{answer}" for text, answer in zip(prompts, ("Paris", "Rome"), strict=False)]
+    pytester.path.joinpath("own.csv").write_text("\n".join(["prompt,answer", *rows]), encoding="utf-8")
+    options = ["--prompts=own.csv"] if prompts else []
+    result = pytester.runpytest_subprocess(f"--model={folders['gpt2']}", *options)
+    result.assert_outcomes(errors=1)
+    model = str(folders["gpt2"])
+    result.stdout.fnmatch_lines([f"model {model!r} {sentence.format(model=model)}"])
+    assert "Traceback" not in result.stdout.str()
+    assert "not reached" not in result.stdout.str()
+
+
 @pytest.mark.parametrize(
     ("sign", "outcome"), [(-1, {"xfailed": 1}), (1, {"failed": 1})], ids=["as recorded", "another verdict"]
 )

@@ -804,11 +804,11 @@ MISUSES: list[tuple[Callable[[at.Model], object], list[str]]] = [
         lambda m: at.query(m, PROMPT, OTHER_ANSWER, value_neurons=at.attribute(m, PROMPT, ANSWER, k=2)),
         [repr(ANSWER), repr(OTHER_ANSWER), "same prompt and answer"],
     ),
-    (lambda m: at.query(m, [PROMPT], ANSWER, value_neurons=[[FFN], [FFN]]), ["1 prompts", "2 sets"]),
+    (lambda m: at.query(m, [PROMPT], ANSWER, value_neurons=[[FFN], [FFN]]), ["1 prompt ", "2 sets"]),
     (lambda m: at.query(m, [PROMPT], ANSWER, value_neurons=[FFN]), [repr(FFN), "for each prompt"]),
     (
         lambda m: at.query(m, [PROMPT], ANSWER, value_neurons=at.attribute(m, PROMPT, ANSWER)),  # type: ignore
-        ["list of 1 prompts", "a Ranking as value_neurons"],
+        ["list of 1 prompt ", "a Ranking as value_neurons"],
     ),
 ]
 

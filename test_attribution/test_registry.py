@@ -128,6 +128,7 @@ def test_pyproject_declares_models_by_folder_and_by_hub_id(tmp_path: Path) -> No
         ("[tool.attribution.models.x]\nsource = 'o/x'\nsuorce = 'y'", ["'suorce'", "revision"]),
         ("[tool.attribution.models.x]\nsource = 'o/x'\nmarker = 'not a name'", ["'not a name'", "underscores"]),
         ("[tool.attribution.models.x]\nsource = 'o/x'\nrevision = 3", ["revision is 3", "text"]),
+        ("[tool.attribution.models.x]\nsource = 'o/x'\ndtype = 'int8'", ["dtype is 'int8'", "float32, float64"]),
         ("[tool.attribution.models.x]\nsource = 'o/x'\nknown_share = 1.5", ["1.5", "below 1"]),
         ("[tool.attribution.models.x]\nsource = 'o/x'\nknown_share = true", ["True", "number"]),
         ("[tool.attribution.models.x]\nsource = 'o/x'\nasserted = { luck = 'y' }", ["'luck'", "superiority"]),

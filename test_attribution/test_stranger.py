@@ -23,13 +23,12 @@ PLUGINS = ("pytest-cov", "pytest-timeout", "pytest-randomly")
 
 OURS = """\
 import attribution as at
-from attribution.claims import Claim, judge
 
 def test_top_20_matter(attribution_model, attribution_prompts, assert_claim):
-    frame = at.evaluate(attribution_model, attribution_prompts, k=20, progress=False)
-    claim = Claim("top 20", "the top 20 neurons carry the answer", "ours", "fall of p", "above", 0.01, "no ablation")
+    frame = at.evaluate(attribution_model, attribution_prompts, k=20)
+    claim = at.Claim("top 20", "the top 20 neurons carry the answer", "ours", "fall of p", "above", 0.01, "no ablation")
     effects = frame["prob_before"] - frame["prob_after"]
-    assert_claim(judge(claim, model=attribution_model.name, effects=effects, facts=frame["fact"]))
+    assert_claim(at.judge(claim, model=attribution_model.name, effects=effects, facts=frame["fact"]))
 """
 
 PYPROJECT = """\
@@ -145,9 +144,8 @@ def test_a_test_of_theirs_is_green_where_it_holds_and_red_where_not(
     assert words
     red = stranger.pytest("--model=weights/random", "--prompts=own.csv")
     assert red.returncode == 1, red.stdout + red.stderr
-    # It knows neither: nothing is left to ask, which is said in a sentence.
     assert "Traceback" not in red.stdout
-    assert re.search(r"(inconclusive: the top 20 neurons|prompts.* empty)", red.stdout), red.stdout[-2000:]
+    assert "model 'weights/random' knows none of the 2 prompts of own.csv" in red.stdout, red.stdout[-2000:]
 
 
 def test_the_whole_suite_runs_on_their_model(stranger: Stranger) -> None:
