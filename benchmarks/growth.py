@@ -6,7 +6,7 @@
     python -m benchmarks.growth --device cuda    # the shapes of GPT-2 large and Llama-7B instead, on that device
 
 Nothing passes or fails by time. Before each round of everything stands a plain forward pass of the same prompts in the
-same batches, so that a ratio is one of neighbours in time.
+same batches, so that a ratio is one of neighbours in time. On a processor one thread is used, and its own time counted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
@@ -31,19 +32,21 @@ from tqdm.auto import tqdm
 import attribution as at
 from attribution.knowledge import Prompt
 from benchmarks import growth_report, memory, peers
-from benchmarks.cost import GPT2_LARGE, LLAMA_7B, Shape
+from benchmarks.cost import GPT2_LARGE, LLAMA_7B, Shape, every_neuron
 from benchmarks.random_models import random_model, tokenizer_of
-from benchmarks.timing import Asked, Thing, beside, calibrate, peak_reset, peak_since, shape_of, words_asked
+from benchmarks.timing import TOKENS, Asked, Thing, beside, calibrate, peak_reset, peak_since, shape_of, words_asked
 
 SIZES = (
-    Shape("small", 4, 256, 4, 4, 64, 1_024, 50_257),
-    Shape("medium", 8, 512, 8, 8, 64, 2_048, 50_257),
+    Shape("small", 3, 192, 3, 3, 64, 768, 50_257),
+    Shape("medium", 6, 384, 6, 6, 64, 1_536, 50_257),
     Shape("GPT-2 small", 12, 768, 12, 12, 64, 3_072, 50_257),
 )
+# Of these, what the peers are asked: some run hundreds of passes.
+OF_PEERS = SIZES[1]
 SMALL_VOCABULARY = 8_192
 BY_PROMPTS = {"bundled:gpt2": (1, 10, 100, 1_000), "bundled:llama": (1, 10, 100, 1_000)}
-# Scores of every neuron of more prompts than these take minutes and say nothing new: each prompt costs the same.
-MOST_SCORED = 100
+# Scores of every neuron are left out where they would take minutes: each prompt costs the same, as does each neuron.
+MOST_PROMPTS, MOST_OPERATIONS = 100, 1e12
 # Those of the paper's tables.
 TABLE_PROMPTS = 1_350
 
@@ -55,14 +58,15 @@ def by_prompts(name: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
     for number in numbers:
         # Spread over all categories.
         prompts = list(every[:: max(1, len(every) // number)])[:number]
-        yield from Asked(model, prompts).points(shape_of(model), "prompts", every=number <= MOST_SCORED)
+        yield from Asked(model, prompts).points(shape_of(model), "prompts", every=number <= MOST_PROMPTS)
 
 
 def by_size(shapes: Sequence[Shape]) -> Iterator[dict[str, Any]]:
     """Yield the points of random models of growing size, asked one prompt."""
     for shape in shapes:
         model = random_model(shape)
-        yield from Asked(model, words_asked(model, 1)).points(shape, "size")
+        every = every_neuron(shape, TOKENS).flops <= MOST_OPERATIONS
+        yield from Asked(model, words_asked(model, 1)).points(shape, "size", every=every)
 
 
 def save(model: at.Model, folder: str) -> None:
@@ -87,7 +91,7 @@ def ask_peers(python: str, folder: str, prompt: Prompt, model: at.Model) -> list
     found = []
     for name in peers.PEERS:
         command = [python, peers.__file__, name, folder, ids, str(answer)]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         last = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()[-1:]
         read = json.loads(last[0]) if result.returncode == 0 else {"error": "".join(last)}
@@ -111,7 +115,7 @@ def on_device(shape: Shape, device: torch.device, prompts: int) -> Iterator[dict
 
     def groups() -> Iterator[tuple[Asked, dict[str, Thing]]]:
         yield one, {"plain": one.plain, **one.things()}
-        yield asked, {"plain": asked.plain, "table 2": asked.table_2, "table 13": asked.table_13}
+        yield asked, {"table 2": asked.table_2, "table 13": asked.table_13}
 
     for group, things in groups():
         for name, thing in things.items():
@@ -164,13 +168,22 @@ def measure(device: torch.device, python: str) -> dict[str, Any]:
         found["points"] += _shown(by_prompts(name, numbers), name)
     shapes = [replace(shape, vocabulary=size) for shape in SIZES for size in (SMALL_VOCABULARY, shape.vocabulary)]
     found["points"] += _shown(by_size(shapes), "sizes")
-    model = random_model(SIZES[-1])
+    with _saved(SIZES[-1]) as (_, folder, prompt):
+        found["memory"] = peak_memory(folder, prompt)
+    with _saved(OF_PEERS) as (model, folder, prompt):
+        found["peers_shape"] = asdict(OF_PEERS)
+        found["peers"] = ask_peers(python, folder, prompt, model)
+    return found
+
+
+@contextmanager
+def _saved(shape: Shape) -> Iterator[tuple[at.Model, str, Prompt]]:
+    """Give a random model, a folder that holds it, and a prompt."""
+    model = random_model(shape)
     (prompt,) = words_asked(model, 1)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
-        found["memory"] = peak_memory(folder, prompt)
-        found["peers"] = ask_peers(python, folder, prompt, model)
-    return found
+        yield model, folder, prompt
 
 
 def _shown(points: Iterator[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -186,6 +199,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="interpreter that has the peers")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     found = measure(device, options.peers)
     print(growth_report.device_table(found) if device.type != "cpu" else growth_report.tables(found))
     if options.write:

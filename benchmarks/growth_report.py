@@ -156,14 +156,13 @@ def peers_table(found: dict[str, Any]) -> str:
                 _ratio(peer["seconds"] / peer["plain"]),
             ]
         )
-    last = [point for point in found["points"] if point["axis"] == "size"][-1]
     for point in found["points"]:
-        if point["axis"] == "size" and point["shape"] == last["shape"] and point["what"] in ("ffn", "every"):
+        if point["axis"] == "size" and point["shape"] == found["peers_shape"] and point["what"] in ("ffn", "every"):
             rows.append(
                 [
                     f"this package: {TITLES[point['what']]}",
                     "",
-                    f"{last['shape']['layers'] * last['shape']['ffn']:,}",
+                    f"{point['shape']['layers'] * point['shape']['ffn']:,}",
                     "1",
                     "0",
                     duration(point["plain"]),

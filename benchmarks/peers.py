@@ -10,12 +10,11 @@ beside plain forward passes of it.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 STEPS = 20
@@ -96,34 +95,40 @@ class Passes:
 
 def main(name: str, folder: str, tokens: str, answer: str) -> None:
     """Time one peer and print what was found."""
+    package, build = PEERS[name]
+    try:
+        versions = {each: version(each) for each in (package, "torch", "transformers")}
+    except PackageNotFoundError as error:
+        raise SystemExit(
+            f"{error.name} is not installed; name an interpreter that has benchmarks/requirements-peers.txt"
+        ) from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    # Then the process's own time is the time it takes, whoever else is busy.
+    torch.set_num_threads(1)
     gpt2 = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([[int(token) for token in tokens.split(",")]])
-    package, build = PEERS[name]
 
     def plain() -> None:
         with torch.no_grad():
             gpt2(ids)
 
     def seconds_of(thing: Thing) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         thing()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     plain()
     passes = Passes(gpt2.transformer.h[-1])
     thing = build(gpt2, tokenizer, ids, int(answer))
-    start = time.perf_counter()
+    start = time.process_time()
     scores = thing()
-    first = time.perf_counter() - start
+    first = time.process_time() - start
     counted = {"forward": passes.forward, "backward": passes.backward}
     pairs = [(seconds_of(plain), seconds_of(thing)) for _ in range(ROUNDS if first < PATIENCE / ROUNDS else 1)]
     before, after = zip(*pairs, strict=True)
-    versions = {each: version(each) for each in (package, "torch", "transformers")}
     found = {"seconds": statistics.median(after), "plain": statistics.median(before), "rounds": len(pairs)}
     print(json.dumps(found | counted | {"scored": scores.numel(), "versions": versions}))
 

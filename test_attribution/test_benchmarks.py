@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attribution as at
-from attribution import importance, questions, ranking, selection, vectors
 from attribution import evaluation as evaluating
+from attribution import questions, ranking, selection, vectors
 
 ROOT = Path(__file__).parents[1]
 # The benchmarks are no part of the package.
@@ -65,7 +64,7 @@ def asked(request: pytest.FixtureRequest) -> timing.Asked:
 
 
 @pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def scored(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many candidates were scored exactly, by method and by unit."""
     found: Counter[str] = Counter()
 
@@ -77,7 +76,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     for module in (ranking, evaluating):
         monkeypatch.setattr(module, "top_k", counting)
-    yield found
+    return found
 
 
 def _kept(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
@@ -162,3 +161,85 @@ def test_first_question_projects_every_vector_once_where_logits_are_kept(asked: 
     _, counted = _rows_through_blocks(asked, lambda: asked.attribute("ffn", 10))
     again = cost.certified(shape, TOKENS, prompts=len(asked.prompts)).products
     assert counted.products == again + shape.ffn_neurons
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What a run of the growth table finds, of tiny models and without peers."""
+    here = torch.device("cpu")
+    shape = TINY["gpt2"]
+    points = list(timing.Asked(model := random_model(shape), timing.words_asked(model, 2)).points(shape, "prompts"))
+    points += growth.by_size([shape, replace(shape, name="wider", vocabulary=307)])
+    machine = timing.calibrate(here)
+    measured = {"machine": asdict(machine), "points": points, "memory": {"peak": 3.0, "loaded": 1.0}}
+    return growth.conditions(here) | measured | {"peers_shape": asdict(shape), "peers": [{"peer": "Nobody", "error": "gone"}]}
+
+
+def test_growth_table_has_a_line_for_every_model_and_number_of_prompts(found: dict[str, Any]) -> None:
+    lines = growth_report.growth_table(found).splitlines()
+    assert [line.split(" | ")[3:5] for line in lines[2:]] == [["211", "2"], ["211", "1"], ["307", "1"]]
+    times = re.compile(r"[\d.]+ (ms|s|min), [\d.,]+$")
+    for line in lines[2:]:
+        cells = line.strip("| ").split(" | ")
+        assert len(cells) == len(lines[0].strip("| ").split(" | "))
+        assert all(times.match(cell) for cell in cells[6:10]), line
+    beside = growth_report.peers_table(found).splitlines()
+    assert [line.split(" | ")[:2] for line in beside[2:]] == [
+        ["| Nobody", "not measured: gone"],
+        ["| this package: certified top 10, FFN", ""],
+        ["| this package: every FFN neuron, exact", ""],
+    ]
+    checked = growth_report.check(found)
+    assert "2 MB measured" in checked
+    assert len(re.findall(r"[\d.,]+ / [\d.,]+ = [\d.]+", checked)) == 3 * len(growth_report.TITLES)
+
+
+def test_large_shapes_take_the_same_path_on_any_device() -> None:
+    shape, device = TINY["llama"], torch.device("cpu")
+    points = list(growth.on_device(shape, device, 4))
+    assert [point["what"] for point in points] == list(growth_report.DEVICE_TITLES)
+    assert [point["prompts"] for point in points] == [1, 1, 1, 1, 1, 4, 4]
+    assert all(point["seconds"] > 0 and point["plain"] > 0 for point in points)
+    # A processor does not count what was in use at the peak.
+    assert {point["memory"] for point in points} == {None}
+    found = growth.conditions(device) | {"points": points}
+    lines = growth_report.device_table(found).splitlines()
+    assert len(lines) == 2 + 2 + len(points)
+    assert "no CUDA device" in growth_report.device_table(None)
+
+
+def test_a_peer_that_is_not_there_says_why(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n', encoding="utf-8")
+    bare.chmod(0o755)
+    model = random_model(TINY["gpt2"])
+    rows = growth.ask_peers(str(bare), "nowhere", timing.words_asked(model, 1)[0], model)
+    assert [row["peer"] for row in rows] == list(peers.PEERS)
+    for row, (package, _) in zip(rows, peers.PEERS.values(), strict=True):
+        assert row["error"].startswith(f"{package} is not installed; name an interpreter")
+
+
+def test_pages_show_what_is_kept() -> None:
+    """``python -m benchmarks.cost --write`` and ``growth_report.write()`` bring them up to date."""
+    scale, readme = (page.read_text(encoding="utf-8") for page in (cost.DOCS, growth_report.README))
+    assert _between(scale, cost.BEGIN, cost.END) == cost.predictions()
+    found = growth_report.read("cpu")
+    assert found is not None
+    assert _between(scale, *growth_report.CHECK) == growth_report.check(found)
+    assert _between(readme, *growth_report.GROWTH) == growth_report.tables(found)
+    assert _between(readme, *growth_report.DEVICE) == growth_report.device_table(growth_report.read("cuda"))
+
+
+def test_kept_figures_are_of_every_model_and_peer() -> None:
+    found = growth_report.read("cpu")
+    assert found is not None
+    by_prompts = {(each["shape"]["name"], each["prompts"]) for each in found["points"] if each["axis"] == "prompts"}
+    assert by_prompts == {(name, number) for name, numbers in growth.BY_PROMPTS.items() for number in numbers}
+    sizes = {(each["shape"]["name"], each["shape"]["vocabulary"]) for each in found["points"] if each["axis"] == "size"}
+    vocabularies = (growth.SMALL_VOCABULARY, growth.SIZES[0].vocabulary)
+    assert sizes == {(shape.name, size) for shape in growth.SIZES for size in vocabularies}
+    assert [each["peer"] for each in found["peers"]] == list(peers.PEERS)
+
+
+def _between(text: str, begin: str, end: str) -> str:
+    return text.split(begin)[1].split(end)[0].strip()
