@@ -172,7 +172,11 @@ def found() -> dict[str, Any]:
     points += growth.by_size([shape, replace(shape, name="wider", vocabulary=307)])
     machine = timing.calibrate(here)
     measured = {"machine": asdict(machine), "points": points, "memory": {"peak": 3.0, "loaded": 1.0}}
-    return growth.conditions(here) | measured | {"peers_shape": asdict(shape), "peers": [{"peer": "Nobody", "error": "gone"}]}
+    return (
+        growth.conditions(here)
+        | measured
+        | {"peers_shape": asdict(shape), "peers": [{"peer": "Nobody", "error": "gone"}]}
+    )
 
 
 def test_growth_table_has_a_line_for_every_model_and_number_of_prompts(found: dict[str, Any]) -> None:
