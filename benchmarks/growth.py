@@ -30,6 +30,7 @@ import torch
 from tqdm.auto import tqdm
 
 import attribution as at
+from attribution.hub import cause_of
 from attribution.knowledge import Prompt
 from benchmarks import growth_report, memory, peers
 from benchmarks.cost import GPT2_LARGE, LLAMA_7B, Shape, every_neuron
@@ -136,7 +137,7 @@ def hardware(device: torch.device) -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{cpu}, {os.cpu_count()} cores, of which {torch.get_num_threads()} used"
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
@@ -198,7 +199,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--write", action="store_true", help="keep the figures, and put the tables into the pages")
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="interpreter that has the peers")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    try:
+        device = torch.device(options.device)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # Each backend complains in its own way.
+        parser.error(f"device {options.device!r} is not one that torch has here ({cause_of(error)}); name another.")
     if device.type == "cpu":
         torch.set_num_threads(1)
     found = measure(device, options.peers)

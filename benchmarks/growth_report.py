@@ -203,6 +203,21 @@ def device_table(found: dict[str, Any] | None) -> str:
     return "\n\n".join([conditions(found), _lines(header, rows, left=2)])
 
 
+def _is_dai(peer: dict[str, Any]) -> bool:
+    return peer["peer"] == "knowledge-neurons" and "error" not in peer
+
+
+def _check_of_peer(peer: dict[str, Any], shape: Shape, machine: Machine) -> str:
+    """Return what the scheme of Dai et al. 2022 should take and took."""
+    work, plain = cost.knowledge_neurons(shape, cost.TOKENS), cost.plain_forward(shape, cost.TOKENS)
+    predicted, measured = machine.seconds(work, shape) / machine.seconds(plain, shape), peer["seconds"] / peer["plain"]
+    return (
+        f"Dai et al. 2022 as in knowledge-neurons, {shape.name}, vocabulary {shape.vocabulary:,}: {work.forward:,.0f} "
+        f"passes forward and {work.backward:,.0f} backward predicted, {peer['forward']:,} and {peer['backward']:,} "
+        f"counted; ratio {_ratio(predicted)} / {_ratio(measured)} = {predicted / measured:.2f}."
+    )
+
+
 def check(found: dict[str, Any]) -> str:
     """Return predicted ratios beside the measured ones."""
     machine = Machine(**found["machine"])
@@ -227,6 +242,7 @@ def check(found: dict[str, Any]) -> str:
             rows.append(row)
     names = ["model", "vocabulary", "prompts", *TITLES.values()]
     text = [conditions(found), rates, _lines(" | ".join(names), rows)]
+    text += [_check_of_peer(peer, Shape(**found["peers_shape"]), machine) for peer in found["peers"] if _is_dai(peer)]
     memory = found.get("memory")
     if memory:
         shape = Shape(**[point for point in found["points"] if point["axis"] == "size"][-1]["shape"])

@@ -212,6 +212,12 @@ def test_large_shapes_take_the_same_path_on_any_device() -> None:
     assert "no CUDA device" in growth_report.device_table(None)
 
 
+def test_a_device_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        growth.main(["--device", "nowhere"])
+    assert re.search(r"device 'nowhere' is not one that torch has here \(.+\); name another\.", capsys.readouterr().err)
+
+
 def test_a_peer_that_is_not_there_says_why(tmp_path: Path) -> None:
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n', encoding="utf-8")
@@ -243,6 +249,9 @@ def test_kept_figures_are_of_every_model_and_peer() -> None:
     vocabularies = (growth.SMALL_VOCABULARY, growth.SIZES[0].vocabulary)
     assert sizes == {(shape.name, size) for shape in growth.SIZES for size in vocabularies}
     assert [each["peer"] for each in found["peers"]] == list(peers.PEERS)
+    (dai,) = (each for each in found["peers"] if each["peer"] == "knowledge-neurons")
+    work = cost.knowledge_neurons(Shape(**found["peers_shape"]), TOKENS, peers.STEPS)
+    assert (dai["forward"], dai["backward"]) == (work.forward, work.backward)
 
 
 def _between(text: str, begin: str, end: str) -> str:
