@@ -204,6 +204,8 @@ def main(arguments: list[str]) -> None:
         torch.zeros(1, device=device).item()
     except Exception as error:  # Each backend complains in its own way.
         parser.error(f"device {options.device!r} is not one that torch has here ({cause_of(error)}); name another.")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"device {options.device!r} is one whose time and memory are not known here; use cpu or cuda.")
     if device.type == "cpu":
         torch.set_num_threads(1)
     found = measure(device, options.peers)
