@@ -48,6 +48,7 @@ SMALL_VOCABULARY = 8_192
 BY_PROMPTS = {"bundled:gpt2": (1, 10, 100, 1_000), "bundled:llama": (1, 10, 100, 1_000)}
 # Scores of every neuron are left out where they would take minutes: each prompt costs the same, as does each neuron.
 MOST_PROMPTS, MOST_OPERATIONS = 100, 1e12
+MEMORY_RUNS = 3
 # Those of the paper's tables.
 TABLE_PROMPTS = 1_350
 
@@ -76,13 +77,18 @@ def save(model: at.Model, folder: str) -> None:
     tokenizer_of(model.anatomy.vocabulary).save_pretrained(folder)
 
 
-def peak_memory(folder: str, prompt: Prompt) -> dict[str, float] | None:
-    """Return megabytes of a fresh process before and at the peak of its first question; ``None`` without /proc."""
+def peak_memory(folder: str, prompt: Prompt) -> list[dict[str, float]]:
+    """Return megabytes of fresh processes before and at the peak of their first question; nothing without /proc.
+
+    What else is resident differs from one to the next, so there are several.
+    """
     if not Path("/proc/self/clear_refs").exists():
-        return None
+        return []
     command = [sys.executable, memory.__file__, folder, prompt.text, prompt.answer]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found
+    return [
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        for _ in range(MEMORY_RUNS)
+    ]
 
 
 def ask_peers(python: str, folder: str, prompt: Prompt, model: at.Model) -> list[dict[str, Any]]:

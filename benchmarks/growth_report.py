@@ -243,14 +243,13 @@ def check(found: dict[str, Any]) -> str:
     names = ["model", "vocabulary", "prompts", *TITLES.values()]
     text = [conditions(found), rates, _lines(" | ".join(names), rows)]
     text += [_check_of_peer(peer, Shape(**found["peers_shape"]), machine) for peer in found["peers"] if _is_dai(peer)]
-    memory = found.get("memory")
-    if memory:
+    if found["memory"]:
         shape = Shape(**[point for point in found["points"] if point["axis"] == "size"][-1]["shape"])
         predicted = cost.certified(shape, cost.TOKENS, "neuron").memory / 1e6
-        measured = memory["peak"] - memory["loaded"]
+        measured = ", ".join(f"{each['peak'] - each['loaded']:,.0f}" for each in found["memory"])
         text.append(
             f"Memory of the first certified top 10 of FFN + attention above the loaded model, {shape.name}: "
-            f"{predicted:,.0f} MB predicted, {measured:,.0f} MB measured as resident memory."
+            f"{predicted:,.0f} MB predicted, {measured} MB measured as resident memory of fresh processes."
         )
     return "\n\n".join(text)
 

@@ -26,6 +26,8 @@ K, VARIANTS, TOKENS = 10, 10, 12
 # A thing that takes this long once is not repeated, and no thing is repeated for longer.
 PATIENCE = 4.0
 MOST_ROUNDS = 7
+# Launches take little and vary much, and everything else is predicted from them.
+CALIBRATION_ROUNDS = 100
 
 Thing = Callable[[], Any]
 
@@ -49,15 +51,17 @@ def seconds_of(thing: Thing, device: torch.device) -> float:
     return clock() - start
 
 
-def beside(plain: Thing, things: dict[str, Thing], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Time things in turn, each behind a plain forward pass; yield what was found of each.
+def beside(
+    plain: Thing, things: dict[str, Thing], device: torch.device, most: int = MOST_ROUNDS
+) -> Iterator[dict[str, Any]]:
+    """Time things in turn, each behind a plain forward pass, ``most`` times at most; yield what was found of each.
 
     What runs first is a warm-up, unless it alone exhausts the patience.
     """
     plain()
     first = {name: (seconds_of(plain, device), seconds_of(thing, device)) for name, thing in things.items()}
     found = {name: [pair] for name, pair in first.items()}
-    rounds = {name: min(MOST_ROUNDS, int(PATIENCE / sum(pair))) for name, pair in first.items()}
+    rounds = {name: min(most, int(PATIENCE / sum(pair))) for name, pair in first.items()}
     for number in range(max(rounds.values(), default=0)):
         for name, thing in things.items():
             if number < rounds[name]:
@@ -204,7 +208,7 @@ def calibrate(device: torch.device) -> Machine:
 
     def rate(amount: float, thing: Thing) -> float:
         thing()
-        return amount / statistics.median(seconds_of(thing, device) for _ in range(5))
+        return amount / statistics.median(seconds_of(thing, device) for _ in range(20))
 
     def product(dtype: torch.dtype) -> float:
         left, right = (
@@ -220,7 +224,7 @@ def calibrate(device: torch.device) -> Machine:
         "traced": lambda: read_activations(model, asked.batches[0], logits=False),
         "ffn": lambda: asked.attribute("ffn", K),
     }
-    found = {each["what"]: each for each in beside(asked.plain, things, device)}
+    found = {each["what"]: each for each in beside(asked.plain, things, device, CALIBRATION_ROUNDS)}
     traced = found["traced"]["seconds"]
     return Machine(
         name="this machine",

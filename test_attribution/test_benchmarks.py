@@ -171,7 +171,7 @@ def found() -> dict[str, Any]:
     points = list(timing.Asked(model := random_model(shape), timing.words_asked(model, 2)).points(shape, "prompts"))
     points += growth.by_size([shape, replace(shape, name="wider", vocabulary=307)])
     machine = timing.calibrate(here)
-    measured = {"machine": asdict(machine), "points": points, "memory": {"peak": 3.0, "loaded": 1.0}}
+    measured = {"machine": asdict(machine), "points": points, "memory": [{"peak": 3.0, "loaded": 1.0}]}
     return (
         growth.conditions(here)
         | measured
@@ -194,7 +194,7 @@ def test_growth_table_has_a_line_for_every_model_and_number_of_prompts(found: di
         ["| this package: every FFN neuron, exact", ""],
     ]
     checked = growth_report.check(found)
-    assert "2 MB measured" in checked
+    assert " 2 MB measured" in checked
     assert len(re.findall(r"[\d.,]+ / [\d.,]+ = [\d.]+", checked)) == 3 * len(growth_report.TITLES)
 
 
