@@ -27,6 +27,8 @@ from attribution.report import verdict_row, verdict_table
 from attribution.storage import read
 
 ROOT = Path(__file__).parents[1]
+# What is run for a program that a page names.
+PROGRAMS = {"python": [], "pytest": ["-m", "pytest"], "torchrun": ["-m", "torch.distributed.run"]}
 # What the reader of a page has: a clone of this project, or, for some pages, a repository of their own with a model.
 CLONE = ("attribution", "benchmarks", "docs", "fixtures", "test_*", ".attribution", "*.md", "*.toml", "*.txt")
 CLONE += ("conftest.py", "tox.ini")
@@ -164,6 +166,7 @@ class Desk:
         placed = [word for before, word in itertools.pairwise(words) if word not in given and before not in takes]
         files = {"pytest": placed, "pip": [values[each] for each in ("-c", "-r", "-e") if each in values]}
         files |= {"python": placed[: "-m" not in words], "git": placed[1:], "cat": placed[:1], "tox": []}
+        files["torchrun"] = placed
         assert program in files, f"{shown}: nothing is known of the program {program}; say here how it is checked"
         for file in files[program]:
             # What a wheel installs lies in a clone under the second part of its name.
@@ -265,9 +268,8 @@ class Page:
         if tuple(words) in self.desk.not_run:
             return ""
         shown, how = shlex.join(words), self.desk.shortened.get(tuple(words), Run())
-        assert words[0] in ("python", "pytest"), f"{shown} cannot be run; say in NOT_RUN why"
-        program = ["-m", "pytest"] if words[0] == "pytest" else []
-        status, output = self.desk.python(*program, *words[1:], *shlex.split(how.added), folder=self.folder)
+        assert words[0] in PROGRAMS, f"{shown} cannot be run; say in NOT_RUN why"
+        status, output = self.desk.python(*PROGRAMS[words[0]], *words[1:], *shlex.split(how.added), folder=self.folder)
         assert status == how.status, f"{shown} {how.added} ended with {status}, not {how.status}:\n{output}"
         return output
 

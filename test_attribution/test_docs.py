@@ -57,6 +57,9 @@ NOT_RUN = {
     "measures, simulates or trains for minutes": (
         "python -m benchmarks.summary",
         "python -m benchmarks.summary --write",
+        "python -m benchmarks.growth --write",
+        "python -m benchmarks.growth --peers PYTHON --write",
+        "python -m benchmarks.growth --device cuda --write",
         "pytest benchmarks",
         "pytest benchmarks/test_speed.py",
         "python -m attribution baselines rates bundled",
