@@ -26,7 +26,7 @@ from attribution.model import Model
 from attribution.questions import by_batch
 from attribution.records import AttentionNeuron, Component, FFNNeuron, Head, HeadPosition, Layer
 from attribution.tokens import TokenBatch, chunk_by_length, pad
-from attribution.trace import Edits, Filler, on_site, rerun, run, wrap
+from attribution.trace import Edits, Filler, PlainRun, on_site, rerun, run, wrap
 
 __all__ = [
     "AblationKind",
@@ -357,6 +357,7 @@ def ablated_logits(
     *,
     reference: Reference | None = None,
     at_source: bool = False,
+    plain: tuple[PlainRun, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rerun a batch, each row with its own components replaced.
 
@@ -366,6 +367,7 @@ def ablated_logits(
         variants: What to replace in each row.
         reference: What with; zero when ``None``.
         at_source: See :func:`ablation_masks`.
+        plain: See :func:`attribution.trace.rerun`; of no use to donors, which run along.
 
     Returns:
         Logits at each row's last real token, (batch, vocabulary), and how many distinct coefficients were replaced in
@@ -388,7 +390,7 @@ def ablated_logits(
             mixed_values=list(reference.mixed_values.to(model.device)),
             sources=list(reference.sources[..., None].to(model.device)),
         )
-    return rerun(model, batch, edits), masks.distinct()
+    return rerun(model, batch, edits, plain=plain), masks.distinct()
 
 
 def _resampled_logits(

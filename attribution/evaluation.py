@@ -26,7 +26,7 @@ from attribution.ranking import pick
 from attribution.records import Component, Unit, unit_named
 from attribution.selection_rule import selection_outcomes
 from attribution.tokens import TokenBatch, encode, pad
-from attribution.trace import Activations, on_site, read_activations
+from attribution.trace import Activations, PlainRun, on_site, read_activations, run_plainly
 from attribution.wording import counted
 
 __all__ = ["ablate", "best_records", "evaluate", "known_prompts", "outcomes", "traced_batches"]
@@ -152,10 +152,11 @@ def _measured(
     variants: Sequence[Collection[Component]],
     reference: Reference | None,
     at_source: bool,
+    plain: tuple[PlainRun, Tensor] | None = None,
 ) -> tuple[list[Outcome], list[int]]:
     """Rerun one batch with components replaced; return how it answers, and how much was replaced."""
     batch = pad([question.ids for question in questions], device=model.device)
-    logits, replaced = ablated_logits(model, batch, variants, reference=reference, at_source=at_source)
+    logits, replaced = ablated_logits(model, batch, variants, reference=reference, at_source=at_source, plain=plain)
     return measure_each(logits, [question.answer_id for question in questions]), replaced.tolist()
 
 
@@ -338,17 +339,38 @@ def _experiment(
     """
     largest = {unit: max(budget[unit] for budget in budgets) for unit in budgets[0]}
     ranked = best_records(model, questions, names, largest, seed=seed, steps=steps)
-    before, _ = outcomes(model, questions, [()] * len(questions))
+    plain = run_plainly(model, pad([question.ids for question in questions], device=model.device))
+    before = measure_each(plain.logits, [question.answer_id for question in questions])
     arms = [(name, kind, number) for name in names for kind in kinds for number in range(len(budgets))]
     found: list[list[Any]] = [[list(astuple(outcome)), [None] * len(arms)] for outcome in before]
     for kind, reference in kinds.items():
         jobs = [(row, place) for row in range(len(questions)) for place, arm in enumerate(arms) if arm[1] is kind]
-        chosen = [_chosen(ranked[row][arms[place][0]], budgets[arms[place][2]]) for row, place in jobs]
-        asked = [questions[row] for row, _ in jobs]
-        after, distinct = outcomes(model, asked, chosen, reference=reference, at_source=at_source)
-        for (row, place), outcome, replaced in zip(jobs, after, distinct, strict=True):
-            found[row][1][place] = [*astuple(outcome), replaced]
+        chosen = {(row, place): _chosen(ranked[row][arms[place][0]], budgets[arms[place][2]]) for row, place in jobs}
+        # What begins in the same layer runs together, and the layers below it are not run again.
+        jobs.sort(key=lambda job: min((record.layer for record in chosen[job]), default=model.anatomy.layers))
+        for part in _in_passes(jobs, questions, model.batch_tokens):
+            rows = torch.tensor([row for row, _ in part], device=model.device)
+            after, distinct = _measured(
+                model,
+                [questions[row] for row, _ in part],
+                [chosen[job] for job in part],
+                reference,
+                at_source,
+                None if model.anatomy.spread else (plain, rows),
+            )
+            for (row, place), outcome, replaced in zip(part, after, distinct, strict=True):
+                found[row][1][place] = [*astuple(outcome), replaced]
     return found
+
+
+def _in_passes(
+    jobs: Sequence[tuple[int, int]], questions: Sequence[Question], tokens: int
+) -> Iterator[Sequence[tuple[int, int]]]:
+    """Yield jobs, in the order given, as many at a time as one pass of so many tokens holds."""
+    longest = max(len(question.ids) for question in questions)
+    at_once = max(1, tokens // longest)
+    for start in range(0, len(jobs), at_once):
+        yield jobs[start : start + at_once]
 
 
 def _table_row(

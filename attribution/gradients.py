@@ -360,7 +360,7 @@ def _integrand(
     batch, answers = prompts.repeat_rows(rows), answers[rows]
 
     def visit(network: Any, saved: dict[str, Any]) -> None:
-        skip_blocks(network, model.anatomy, outputs[:layer], rows)
+        skip_blocks(network, model.anatomy, outputs[:layer], rows, batch.ids.shape[1])
         block = model.anatomy.blocks(network)[layer]
         site = _visit_site(block, layer, unit, model.anatomy, batch, points)
         log_prob = _log_prob(last_logits(network, model.anatomy, batch), answers)

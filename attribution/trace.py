@@ -34,6 +34,7 @@ __all__ = [
     "Activations",
     "Edits",
     "Filler",
+    "PlainRun",
     "apply_edits",
     "block_outputs",
     "last_logits",
@@ -43,6 +44,7 @@ __all__ = [
     "read_activations",
     "rerun",
     "run",
+    "run_plainly",
     "skip_blocks",
     "wrap",
 ]
@@ -110,6 +112,10 @@ class Edits:
     coefficients: Mapping[int, Replacement] = field(default_factory=dict)
     mixed_values: Mapping[int, Replacement] = field(default_factory=dict)
     sources: Mapping[int, Replacement] = field(default_factory=dict)
+
+    def first(self, layers: int) -> int:
+        """Return the first layer that is edited; the number of layers if none is."""
+        return min([*self.coefficients, *self.mixed_values, *self.sources], default=layers)
 
 
 SPREAD = ("auto", "tensor_parallel")
@@ -382,6 +388,36 @@ def apply_edits(block: Any, layer: int, edits: Edits, anatomy: Anatomy, batch: T
         _edit_input(resolve(block, family.ffn_out), edits.coefficients[layer], batch)
 
 
+@dataclass(frozen=True)
+class PlainRun:
+    """What the blocks of a model return for some prompts when nothing is edited: where a rerun may begin.
+
+    Attributes:
+        outputs: By layer: a tensor, (prompts, P, D), or a tuple that starts with one, by family.
+        logits: At each prompt's last real token, (prompts, vocabulary).
+    """
+
+    outputs: list[Any]
+    logits: Tensor
+
+
+def run_plainly(model: Model, batch: TokenBatch) -> PlainRun:
+    """Run a batch without edits, and keep what its blocks return."""
+
+    def visit(network: Any, saved: dict[str, Any]) -> None:
+        saved["outputs"] = [_detached(block.output) for block in model.anatomy.blocks(network)]
+        saved["logits"] = last_logits(network, model.anatomy, batch).detach()
+
+    return PlainRun(**run(model, batch, visit))
+
+
+def _detached(output: Any) -> Any:
+    # Always a copy: some families go on to change it in place.
+    if isinstance(output, Tensor):
+        return output.detach().clone()
+    return (output[0].detach().clone(), *output[1:])
+
+
 def block_outputs(model: Model, batch: TokenBatch) -> list[Any]:
     """Run a batch and return what each block returns: a tensor, or a tuple that starts with one, by family."""
 
@@ -392,18 +428,20 @@ def block_outputs(model: Model, batch: TokenBatch) -> list[Any]:
     return outputs
 
 
-def skip_blocks(network: Any, anatomy: Anatomy, outputs: Sequence[Any], rows: Tensor) -> None:
+def skip_blocks(network: Any, anatomy: Anatomy, outputs: Sequence[Any], rows: Tensor, width: int) -> None:
     """Give the first blocks the outputs of an earlier run instead of running them, inside a trace.
 
     Args:
         network: The traced network.
         anatomy: The model's anatomy.
-        outputs: From :func:`block_outputs`, one for each block that is skipped.
+        outputs: From :func:`block_outputs` or :func:`run_plainly`, one for each block that is skipped.
         rows: For each row of this batch, its row of the earlier one, (batch,).
+        width: Positions of this batch, no more than those of the earlier one.
     """
     for block, output in zip(anatomy.blocks(network), outputs, strict=False):
         whole = isinstance(output, Tensor)
-        block.skip(output[rows] if whole else (output[0][rows], *output[1:]))
+        kept = (output if whole else output[0])[rows, :width]
+        block.skip(kept if whole else (kept, *output[1:]))
 
 
 def last_logits(network: Any, anatomy: Anatomy, batch: TokenBatch) -> Tensor:
@@ -422,22 +460,30 @@ def last_logits(network: Any, anatomy: Anatomy, batch: TokenBatch) -> Tensor:
     return logits
 
 
-def rerun(model: Model, batch: TokenBatch, edits: Edits | None = None) -> Tensor:
+def rerun(
+    model: Model, batch: TokenBatch, edits: Edits | None = None, *, plain: tuple[PlainRun, Tensor] | None = None
+) -> Tensor:
     """Run a batch with edits and return the logits after it.
 
     Args:
         model: A loaded model.
         batch: Right-padded tokens.
         edits: What to replace; nothing when ``None``.
+        plain: A run of the same prompts without edits, and the row in it of each of this batch, (batch,): blocks below
+            the first that is edited are not run again.
 
     Returns:
         (batch, vocabulary), at each row's last real token.
     """
     anatomy = model.anatomy
 
+    first = 0 if plain is None or edits is None else edits.first(anatomy.layers)
+
     def visit(network: Any, saved: dict[str, Any]) -> None:
+        if plain is not None:
+            skip_blocks(network, anatomy, plain[0].outputs[:first], plain[1], batch.ids.shape[1])
         if edits is not None:
-            for layer, block in enumerate(anatomy.blocks(network)):
+            for layer, block in enumerate(anatomy.blocks(network)[first:], start=first):
                 apply_edits(block, layer, edits, anatomy, batch)
         saved["logits"] = last_logits(network, anatomy, batch).detach()
 
