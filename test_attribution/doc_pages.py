@@ -181,8 +181,10 @@ class Desk:
             unknown = {*re.findall(r"\w+", values["-m"])} - {"and", "or", "not"} - self.markers - {*declared}
             assert not unknown, f"{shown}: there is no marker {', '.join(unknown)}"
         if program == "tox":
-            sections = " ".join(re.findall(r"^\[testenv:(.*)\]", _text("tox.ini"), re.MULTILINE))
-            unknown = {*re.findall(r"\w+", values.get("-e", ""))} - {*re.findall(r"\w+", sections)}
+            named: set[str] = set()
+            for before, several in re.findall(r"^\[testenv:(\w*)(?:\{(.*)\})?\]", _text("tox.ini"), re.MULTILINE):
+                named.update(before + each for each in several.split(","))
+            unknown = {*re.findall(r"\w+", values.get("-e", ""))} - named
             assert not unknown, f"{shown}: there is no environment {', '.join(unknown)}"
 
     @cached_property

@@ -53,6 +53,9 @@ NOT_RUN = {
         "pytest -m bundled --attribution-report=DIR",
         "pytest test_knowledge test_faithfulness --attribution-report=DIR",
         "tox",
+        "tox run -e py310,py313",
+        "tox run -e oldest",
+        "tox run -r -e newest",
     ),
     "measures, simulates or trains for minutes": (
         "python -m benchmarks.summary",
