@@ -210,8 +210,8 @@ TRACE = (
     _fault(
         "the position before the last is read",
         "trace:read_activations",
-        "tensor.movedim(axis, 1)[rows, batch.last]",
-        "tensor.movedim(axis, 1)[rows, batch.last - 1]",
+        "movedim(axis, 1)[rows.to(place), batch.last.to(place)]",
+        "movedim(axis, 1)[rows.to(place), batch.last.to(place) - 1]",
         SCORES,
     ),
     _fault(
@@ -233,12 +233,17 @@ TRACE = (
         "torch.where((torch.arange(shaped.shape[1]) == batch.last[:, None])[..., None], _replace(shaped, replacement), "
         "shaped)",
     ),
-    _fault("edits fire in every row", "trace:_replace", "torch.where(mask,", "torch.where(mask.any(0, keepdim=True),"),
+    _fault(
+        "edits fire in every row",
+        "trace:_replace",
+        "torch.where(mask.to(tensor.device),",
+        "torch.where(mask.any(0, keepdim=True),",
+    ),
     _fault(
         "edits add where they should replace",
         "trace:_replace",
-        "value.to(tensor.dtype)",
-        "tensor + value.to(tensor.dtype)",
+        "value.to(tensor), tensor)",
+        "tensor + value.to(tensor), tensor)",
     ),
     Fault(
         "coefficients are edited one layer late",
@@ -264,8 +269,8 @@ TRACE = (
     _fault(
         "edits of one source position read another query's pattern",
         "trace:_edit_sources",
-        "output[1][rows, :, batch.last]",
-        "output[1][rows, :, 0]",
+        "pattern[rows, :, last]",
+        "pattern[rows, :, 0]",
     ),
 )
 
@@ -348,8 +353,8 @@ IMPORTANCE = (
     _fault(
         "source positions are counted before dimensions",
         "vectors:VectorTable.places",
-        "row, position = torch.unravel_index(torch.arange(len(vectors) * depth), (len(vectors), depth))",
-        "position, row = torch.unravel_index(torch.arange(len(vectors) * depth), (depth, len(vectors)))",
+        "row, position = torch.unravel_index(torch.arange(size * depth), (size, depth))",
+        "position, row = torch.unravel_index(torch.arange(size * depth), (depth, size))",
         SCORES + PLANTED,
     ),
     _fault(
@@ -475,9 +480,9 @@ TOKENS = (
     ),
     _fault(
         "prompts of a batch are mixed up",
-        "questions:batches_of",
-        "pad([questions[row].ids for row in rows]",
-        "pad([questions[row].ids for row in reversed(rows)]",
+        "selection_rule:_judged",
+        "pad([question.ids for question in questions]",
+        "pad([question.ids for question in reversed(questions)]",
         KNOWN,
     ),
     _fault(
@@ -593,11 +598,11 @@ MEASURING = (
     Fault(
         "before and after are swapped",
         (
-            Edit("evaluation:evaluate", "asdict(before[place])", "asdict(outcome)"),
+            Edit("evaluation:_table_row", "zip(names, before,", "zip(names, measured,"),
             Edit(
-                "evaluation:evaluate",
-                'after": value for key, value in asdict(outcome)',
-                'after": value for key, value in asdict(before[place])',
+                "evaluation:_table_row",
+                'after": value for name, value in zip(names, measured,',
+                'after": value for name, value in zip(names, before,',
             ),
         ),
         VALUE,
@@ -611,21 +616,35 @@ MEASURING = (
     ),
     _fault(
         "every method ablates the first one's neurons",
-        "evaluation:evaluate",
-        "ranked[place][name]",
-        "ranked[place][names[0]]",
+        "evaluation:_experiment",
+        "ranked[row][arms[place][0]]",
+        "ranked[row][names[0]]",
         BASELINES,
     ),
     _fault(
+        "reruns begin above the first layer that is edited",
+        "trace:Edits.first",
+        "return min(",
+        "return max(",
+        BASELINES + VALUE,
+    ),
+    _fault(
+        "reruns begin with another prompt",
+        "trace:skip_blocks",
+        "[rows, :width]",
+        "[rows.flip(0), :width]",
+        BASELINES + VALUE,
+    ),
+    _fault(
         "nothing is ablated",
-        "evaluation:outcomes",
-        "ablated_logits(model, batch, part,",
-        "ablated_logits(model, batch, [() for _ in part],",
+        "evaluation:_measured",
+        "ablated_logits(model, batch, variants,",
+        "ablated_logits(model, batch, [() for _ in variants],",
         VALUE + UNDONE + QUERY_NEURONS,
     ),
     _fault(
         "outcomes belong to other prompts of the batch",
-        "evaluation:outcomes",
+        "evaluation:_measured",
         "measure_each(logits,",
         "measure_each(logits.flip(0),",
         VALUE + QUERY_NEURONS,
