@@ -87,7 +87,9 @@ def _add_preflight(commands: Any) -> None:
 
 def _add_loading(parser: Any) -> None:
     parser.add_argument("--models-dir", type=Path, metavar="DIR", help="folder of model folders, used before the hub")
-    parser.add_argument("--device", metavar="DEVICE", help="where the weights go (cpu)")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="where the weights go, such as cuda, auto or tensor_parallel (cpu)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (the registered one, or float32)")
     parser.add_argument(
         "--revision", metavar="REVISION", help="branch, tag or commit on the hub (the registered one, or its default)"

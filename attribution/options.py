@@ -52,7 +52,7 @@ def add_options(parser: pytest.Parser) -> None:
         "equals sign, or pytest takes DIR for a path of tests; also ATTRIBUTION_MODELS",
         metavar="DIR",
     )
-    add("device", "where the weights go, such as cuda or cuda:1; cpu by default", metavar="DEVICE")
+    add("device", "where the weights go, such as cuda:1, auto or tensor_parallel; cpu by default", metavar="DEVICE")
     add("dtype", "type of the weights; by default what the registry says of the model, or float32", choices=DTYPES)
     add("revision", "commit, tag or branch on the hub, of the one model that is named", metavar="REVISION")
     add(
