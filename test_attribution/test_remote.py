@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,15 @@ RANKED = [
 ]
 
 
-@pytest.fixture(scope="session", params=["gpt2"])
-def family(request: pytest.FixtureRequest) -> str:
-    """Sessions cost seconds: another family only where a test says so."""
-    return str(request.param)
+# Sessions cost seconds: another family only where a test says so.
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["gpt2"]
+
+
+@pytest.fixture(scope="module")
+def model(loaded: Callable[[str], at.Model]) -> at.Model:
+    return loaded("gpt2")
 
 
 class _Wire(Backend):
