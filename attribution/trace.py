@@ -296,9 +296,13 @@ def _unpacked(value: Any) -> Any:
     if "items" in value:
         return {_unpacked(key): _unpacked(each) for key, each in value["items"]}
     module, name = value["class"]
-    # Only this package's own classes, whatever the other side answers.
-    assert module.startswith(__name__.partition(".")[0] + ".")
-    kind = getattr(sys.modules[module], name)
+    own = module.startswith(__name__.partition(".")[0] + ".")
+    kind = getattr(sys.modules.get(module), name, None) if own else None
+    if not (isinstance(kind, type) and (is_dataclass(kind) or issubclass(kind, Enum))):
+        raise ModelError(
+            f"the machine that holds the weights answered with {module}.{name}, which is no record of this package; "
+            "name only servers that you trust."
+        )
     return kind(**{key: _unpacked(each) for key, each in value["fields"].items()})
 
 

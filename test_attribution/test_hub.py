@@ -551,7 +551,8 @@ def test_claims_on_a_model_that_cannot_be_fetched_end_in_one_error(user: User) -
 def test_a_download_shows_its_progress_on_a_terminal(hub: Hub, user: User, tiny: dict[str, bytes]) -> None:
     pty = pytest.importorskip("pty", reason="there are no pseudo-terminals on this system")
     hub.repositories["org/tiny"] = Repository.of(tiny)
-    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    why = "there are no terminals to set up on this system"
+    fcntl, termios = pytest.importorskip("fcntl", reason=why), pytest.importorskip("termios", reason=why)
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     done = user.run("-c", FETCH, "org/tiny", stdout=subprocess.PIPE, stderr=writer)

@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nnsight.intervention.backends.remote import RemoteError
 from nnsight.modeling.mixins.remotable import Remotable
 from nnsight.schema.request import RequestModel
@@ -24,7 +26,7 @@ import attribution as at
 from attribution.anatomy import read_anatomy
 from attribution.errors import BadInputError, ModelError
 from attribution.methods import METHODS
-from attribution.trace import on_site, read_activations
+from attribution.trace import _packed, _unpacked, on_site, read_activations
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parent))
@@ -216,6 +218,22 @@ def test_what_needs_weights_here_says_so_of_a_remote_model(distant: at.Model) ->
     ((_, batch),) = batches_of(distant, [question_of(distant, PROMPTS[0].text, PROMPTS[0].answer)])
     with pytest.raises(BadInputError, match="has its weights elsewhere"):
         read_activations(distant, batch)
+
+
+@pytest.mark.parametrize("named", [("os", "system"), ("attribution.trace", "run"), ("attribution.nowhere", "Record")])
+def test_an_answer_makes_nothing_but_records_of_this_package(named: tuple[str, str]) -> None:
+    with pytest.raises(ModelError, match="which is no record of this package"):
+        _unpacked({"class": named, "fields": {}})
+
+
+@given(
+    st.recursive(
+        st.integers() | st.text() | st.none() | st.builds(at.FFNNeuron, st.integers(), st.integers()),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+    )
+)
+def test_a_result_is_the_same_on_both_ways(value: Any) -> None:
+    assert _unpacked(_packed(value)) == value
 
 
 def test_a_local_model_runs_work_as_it_is(model: at.Model) -> None:
