@@ -63,7 +63,7 @@ from attribution.norms import Norm, centre, frozen_scale, normalise
 from attribution.projection import model_logits, pull_back
 from attribution.records import Sublayer
 from attribution.tokens import TokenBatch
-from attribution.trace import block_outputs, last_logits, read_activations, run, skip_blocks
+from attribution.trace import last_logits, read_activations, run, run_plainly, skip_blocks
 
 if TYPE_CHECKING:
     from attribution.model import Model
@@ -325,7 +325,7 @@ def _integrated(model: Model, batch: TokenBatch, answers: Tensor, unit: Sublayer
     dtype = torch.promote_types(anatomy.readout.unembedding.dtype, torch.float32)
     sums = torch.zeros(anatomy.layers, prompts, *shape, dtype=dtype, device=model.device)
     # Below the sublayer that is scaled nothing changes on the path: those blocks are run once.
-    outputs = block_outputs(model, batch)
+    outputs = run_plainly(model, batch).outputs
     for layer in range(anatomy.layers):
         for part in _chunks(torch.arange(prompts * steps, device=model.device), batch):
             # Row i of all passes is point i % steps of prompt i // steps.

@@ -36,7 +36,6 @@ __all__ = [
     "Filler",
     "PlainRun",
     "apply_edits",
-    "block_outputs",
     "last_logits",
     "on_site",
     "open_elsewhere",
@@ -422,23 +421,13 @@ def _detached(output: Any) -> Any:
     return (output[0].detach().clone(), *output[1:])
 
 
-def block_outputs(model: Model, batch: TokenBatch) -> list[Any]:
-    """Run a batch and return what each block returns: a tensor, or a tuple that starts with one, by family."""
-
-    def visit(network: Any, saved: dict[str, Any]) -> None:
-        saved["outputs"] = [block.output for block in model.anatomy.blocks(network)]
-
-    outputs: list[Any] = run(model, batch, visit, whole=False)["outputs"]
-    return outputs
-
-
 def skip_blocks(network: Any, anatomy: Anatomy, outputs: Sequence[Any], rows: Tensor, width: int) -> None:
     """Give the first blocks the outputs of an earlier run instead of running them, inside a trace.
 
     Args:
         network: The traced network.
         anatomy: The model's anatomy.
-        outputs: From :func:`block_outputs` or :func:`run_plainly`, one for each block that is skipped.
+        outputs: From :func:`run_plainly`, one for each block that is skipped.
         rows: For each row of this batch, its row of the earlier one, (batch,).
         width: Positions of this batch, no more than those of the earlier one.
     """
