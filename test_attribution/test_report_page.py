@@ -134,6 +134,9 @@ ROWS = [
     _row("bundled:llama", status=Status.INCONCLUSIVE),
 ]
 
+# Tables of more columns are laid out as cards on a phone, where no heading stands above a cell.
+_FEW_COLUMNS = 4
+
 
 class _Page(HTMLParser):
     """What the tests ask about a page: its ids, its addresses, its elements, and its tables by section."""
@@ -145,6 +148,7 @@ class _Page(HTMLParser):
         self.elements: set[str] = set()
         self.sections: dict[str, list[list[list[str]]]] = {}
         self.text: dict[str, str] = {}
+        self.columns_of_cells: list[tuple[str, str | None]] = []
         self._section = ""
         self._in_cell = False
         self.feed(text)
@@ -162,8 +166,11 @@ class _Page(HTMLParser):
         elif tag == "tr":
             self.sections[self._section][-1].append([])
         elif tag in ("td", "th"):
-            self.sections[self._section][-1][-1].append("")
+            *_, table = self.sections[self._section]
+            table[-1].append("")
             self._in_cell = True
+            if tag == "td" and len(table[0]) > _FEW_COLUMNS:
+                self.columns_of_cells.append((table[0][len(table[-1]) - 1], given.get("data-column")))
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th"):
@@ -207,6 +214,12 @@ def test_every_table_and_figure_has_its_place(whole: Path) -> None:
     for number in (4, 5, 6, 7):
         assert "not among the published ones that the project holds as data" in page.text[f"figure-{number}"]
         assert "python -m attribution explain" in page.text[f"figure-{number}"]
+
+
+def test_cells_of_many_columns_name_their_column_themselves(whole: Path) -> None:
+    cells = _page(whole).columns_of_cells
+    assert len(cells) > 1000
+    assert [(heading, own) for heading, own in cells if heading != own] == []
 
 
 def test_text_is_escaped(whole: Path) -> None:
