@@ -29,7 +29,7 @@ from attribution.tokens import TokenBatch, encode, pad
 from attribution.trace import Activations, PlainRun, on_site, read_activations, run_plainly
 from attribution.wording import counted
 
-__all__ = ["ablate", "best_records", "evaluate", "known_prompts", "outcomes", "traced_batches"]
+__all__ = ["ablate", "best_records", "evaluate", "evaluate_ranked", "known_prompts", "outcomes", "traced_batches"]
 
 
 def traced_batches(
@@ -261,11 +261,7 @@ def evaluate(
     given = None if reference is None else _encoded(model, reference)
     if given is not None and set(kinds) == {AblationKind.ZERO}:
         reference_of(model, "zero", given)
-    values: dict[AblationKind, Reference | None] = {}
-    for each_kind in kinds:
-        others = None if each_kind is AblationKind.ZERO else encoded if given is None else given
-        values[each_kind] = reference_of(model, each_kind.value, others, ablated=encoded, seed=seed)
-    arms = [(name, each_kind, number) for name in names for each_kind in kinds for number in range(len(budgets))]
+    values = _references(model, kinds, encoded, given, seed)
     # All that a result depends on.
     asked = {
         "prompts": [[question.text, question.answer] for question in questions],
@@ -296,10 +292,85 @@ def evaluate(
             new = dict(zip(rows, found, strict=True))
             results.update(new if kept is None else kept.keep(new))
             bar.update(len(rows))
+    return _table(prompts, names, values, budgets, results)
+
+
+def evaluate_ranked(
+    model: Model,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    ranked: Sequence[Mapping[str, Mapping[Unit, list[Component]]]],
+    *,
+    k: int | Sequence[int] | Mapping[str, int],
+    kind: Sequence[str] = ("zero",),
+    reference: Sequence[Question] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Return the table of :func:`evaluate` for prompts whose best FFN neurons, or units of ``k``, are known already.
+
+    Args:
+        model: A loaded model.
+        questions: The prompts, tokenised.
+        prompts: The prompts.
+        ranked: For each prompt, method to unit to records, best first, at least as many as the largest number asked.
+        k: As there.
+        kind: Kinds of ablation.
+        reference: As there; the evaluated prompts themselves when ``None``.
+        seed: Seed of the donors that ``"resample"`` draws.
+        progress: Show a progress bar.
+    """
+    budgets, names, encoded = _budgets(k, "ffn"), list(ranked[0]), [question.ids for question in questions]
+    given = encoded if reference is None else [question.ids for question in reference]
+    values = _references(model, [ablation_kind(each) for each in kind], encoded, given, seed)
+    results: dict[int, list[Any]] = {}
+
+    def ablated(rows: list[int]) -> list[Any]:
+        part = [questions[row] for row in rows]
+        return on_site(model, _ablated, part, [ranked[row] for row in rows], names, budgets, values, False)
+
+    what = f"{model.name} {', '.join(names)}"
+    with tqdm(total=len(prompts), desc=what, unit="prompt", disable=not progress) as bar:
+        for rows, found in by_batch(model, [len(ids) for ids in encoded], ablated):
+            results.update(zip(rows, found, strict=True))
+            bar.update(len(rows))
+    return _table(prompts, names, values, budgets, results)
+
+
+def _references(
+    model: Model,
+    kinds: Sequence[AblationKind],
+    encoded: Sequence[Sequence[int]],
+    given: Sequence[Sequence[int]] | None,
+    seed: int,
+) -> dict[AblationKind, Reference | None]:
+    """Return what each kind of ablation takes its values from: what is given, or the ablated prompts themselves."""
+    values: dict[AblationKind, Reference | None] = {}
+    for kind in kinds:
+        others = None if kind is AblationKind.ZERO else encoded if given is None else given
+        values[kind] = reference_of(model, kind.value, others, ablated=encoded, seed=seed)
+    return values
+
+
+def _arms(
+    names: Sequence[str], kinds: Collection[AblationKind], budgets: Sequence[Mapping[Unit, int]]
+) -> list[tuple[str, AblationKind, int]]:
+    """Return all that each prompt is measured in: method, kind, and number of the budget."""
+    return [(name, kind, number) for name in names for kind in kinds for number in range(len(budgets))]
+
+
+def _table(
+    prompts: Sequence[Prompt],
+    names: Sequence[str],
+    kinds: Collection[AblationKind],
+    budgets: Sequence[Mapping[Unit, int]],
+    results: Mapping[int, list[Any]],
+) -> pd.DataFrame:
+    """Return what was measured, by row of the prompts, as the table of :func:`evaluate`."""
     return pd.DataFrame(
         [
-            _table_row(prompt, name, each_kind, sum(budgets[number].values()), results[row][0], results[row][1][place])
-            for place, (name, each_kind, number) in enumerate(arms)
+            _table_row(prompt, name, kind, sum(budgets[number].values()), results[row][0], results[row][1][place])
+            for place, (name, kind, number) in enumerate(_arms(names, kinds, budgets))
             for row, prompt in enumerate(prompts)
         ]
     )
@@ -339,9 +410,22 @@ def _experiment(
     """
     largest = {unit: max(budget[unit] for budget in budgets) for unit in budgets[0]}
     ranked = best_records(model, questions, names, largest, seed=seed, steps=steps)
+    return _ablated(model, questions, ranked, names, budgets, kinds, at_source)
+
+
+def _ablated(
+    model: Model,
+    questions: Sequence[Question],
+    ranked: Sequence[Mapping[str, Mapping[Unit, list[Component]]]],
+    names: Sequence[str],
+    budgets: Sequence[Mapping[Unit, int]],
+    kinds: Mapping[AblationKind, Reference | None],
+    at_source: bool,
+) -> list[list[Any]]:
+    """Ablate the best of one batch of prompts in every arm, and measure; returns what :func:`_experiment` does."""
     plain = run_plainly(model, pad([question.ids for question in questions], device=model.device))
     before = measure_each(plain.logits, [question.answer_id for question in questions])
-    arms = [(name, kind, number) for name in names for kind in kinds for number in range(len(budgets))]
+    arms = _arms(names, kinds, budgets)
     found: list[list[Any]] = [[list(astuple(outcome)), [None] * len(arms)] for outcome in before]
     for kind, reference in kinds.items():
         jobs = [(row, place) for row in range(len(questions)) for place, arm in enumerate(arms) if arm[1] is kind]

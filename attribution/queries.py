@@ -132,8 +132,8 @@ class _Options:
     biases: bool
 
 
-ValueNeurons: TypeAlias = Ranking | Sequence[Neuron]
-"""Value neurons of one prompt: a ranking with its scores, or records, which are then scored."""
+ValueNeurons: TypeAlias = Ranking | Sequence[Ranking] | Sequence[Neuron]
+"""Value neurons of one prompt: a ranking with its scores, several, or records, which are then scored."""
 
 
 def _subkey_named(name: str, anatomy: Anatomy) -> SubkeyKind:
@@ -168,17 +168,21 @@ def _checked(model: Model, question: Question, given: object) -> tuple[list[Neur
     Raises:
         BadInputError: If they cannot be used.
     """
-    ranking = given if isinstance(given, Ranking) else None
-    if ranking is not None:
+    rankings: list[Ranking] = [given] if isinstance(given, Ranking) else []
+    if isinstance(given, list | tuple) and given and all(isinstance(each, Ranking) for each in given):
+        rankings = list(given)
+    for ranking in rankings:
         if (ranking.prompt, ranking.answer_id) != (question.text, question.answer_id):
             raise BadInputError(
                 f"the value neurons were ranked for {ranking.prompt!r} -> {ranking.answer!r}, not for "
                 f"{question.text!r} -> {question.answer!r}; pass a ranking of the same prompt and answer."
             )
-        given = ranking.neurons
+    if rankings:
+        given = [neuron for ranking in rankings for neuron in ranking.neurons]
     if not isinstance(given, list | tuple):
         raise BadInputError(
-            f"value_neurons {given!r} is a {type(given).__name__}; pass a Ranking or a list of records for each prompt."
+            f"value_neurons {given!r} is a {type(given).__name__}; pass a Ranking, several of them, or a list of "
+            "records for each prompt."
         )
     if not given:
         raise BadInputError(f"the value neurons of prompt {question.text!r} are an empty list; give at least one.")
@@ -188,7 +192,11 @@ def _checked(model: Model, question: Question, given: object) -> tuple[list[Neur
     repeated = [neuron for neuron, times in Counter(neurons).items() if times > 1]
     if repeated:
         raise BadInputError(f"{repeated[0]!r} is a value neuron more than once; give each neuron once.")
-    scores = scores_of(model, question.text, question.answer, neurons) if ranking is None else ranking.scores
+    scores = (
+        torch.cat([ranking.scores for ranking in rankings])
+        if rankings
+        else scores_of(model, question.text, question.answer, neurons)
+    )
     if scores.shape != (len(neurons),):
         raise BadInputError(
             f"{len(neurons)} value neurons came with scores of shape {tuple(scores.shape)}; give one score for each."
@@ -411,10 +419,10 @@ def query(
         model: A loaded model.
         prompt: A text that ends right before its answer, a :class:`Prompt`, or a list of either.
         answer: One token with its leading space, or one per prompt; may be left out for :class:`Prompt`.
-        value_neurons: What is woken: a :class:`Ranking` of the same prompt, whose scores are the weights; a list of
-            FFN and attention neurons, weighted by their ``log_prob_increase``; for a list of prompts, one of these
-            each. When ``None``, the top 100 FFN and top 200 attention neurons by ``log_prob_increase``, as in the
-            paper, or all that a smaller model has.
+        value_neurons: What is woken: a :class:`Ranking` of the same prompt, whose scores are the weights, or a list
+            of them, such as one of each unit; a list of FFN and attention neurons, weighted by their
+            ``log_prob_increase``; for a list of prompts, one of these each. When ``None``, the top 100 FFN and top 200
+            attention neurons by ``log_prob_increase``, as in the paper, or all that a smaller model has.
         k: At most how many query neurons to return, all when ``None``: a model with fewer candidates returns those.
         subkey: What an FFN value neuron reads. ``"first_order"``: for a gated FFN, how its coefficient follows its
             input at this prompt; for a plain one, its row. ``"gate"`` and ``"up"``: that row alone. ``"down"``: the

@@ -23,7 +23,7 @@ from attribution.tokens import TokenBatch, pad
 from attribution.trace import on_site, read_activations
 from attribution.vectors import VectorTable
 
-__all__ = ["Picked", "Ranking", "all_candidates", "attribute", "pick", "scores_of"]
+__all__ = ["Picked", "Ranking", "all_candidates", "attribute", "pick", "ranked", "ranking_of", "scores_of"]
 
 NAMES: dict[Unit, str] = {
     "ffn": "ffn neurons",
@@ -175,12 +175,18 @@ def _by_slot(effects: Effects, table: VectorTable, row: int, length: int) -> lis
 
 @dataclass(frozen=True)
 class Picked:
-    """The best of one prompt by one method: see :class:`attribution.selection.Selection`, with records for places."""
+    """The best of one prompt by one method: see :class:`attribution.selection.Selection`, with records as well."""
 
     records: list[Component]
+    best: Tensor
     scores: Tensor
     certificate: Certificate
     first_order: Tensor | None
+
+    def first(self, k: int) -> Picked:
+        """Return the k best of them: as a search for k would, as none left out is tied with any found."""
+        terms = None if self.first_order is None else self.first_order[:k]
+        return Picked(self.records[:k], self.best[:k], self.scores[:k], self.certificate, terms)
 
 
 def pick(
@@ -212,7 +218,10 @@ def pick(
             for name, k in named.items():
                 chosen = top_k(candidates[unit], methods[unit][name], k, with_first_order=with_first_order)
                 records = candidates[unit].records(chosen.best)
-                best[unit][name] = Picked(records, chosen.scores.cpu(), chosen.certificate, chosen.first_order)
+                scores, terms = chosen.scores.cpu(), chosen.first_order
+                best[unit][name] = Picked(
+                    records, chosen.best.cpu(), scores, chosen.certificate, None if terms is None else terms.cpu()
+                )
         found.append(best)
     return found
 
@@ -296,27 +305,45 @@ def attribute(
     method_named(method, chosen)
     prompts = prompts_with_answers(prompt, answer)
     questions = [question_of(model, item.text, item.answer) for item in prompts]
+    rankings = ranked(model, questions, chosen, method, k, seed=seed, steps=steps, with_first_order=True)
+    return rankings[0] if isinstance(prompt, str | Prompt) else rankings
+
+
+def ranked(
+    model: Model,
+    questions: Sequence[Question],
+    unit: Unit,
+    method: str,
+    k: int | None,
+    *,
+    seed: int = 0,
+    steps: int = 20,
+    with_first_order: bool = False,
+) -> list[Ranking]:
+    """Return the ranking of each question, see :func:`attribute`; without first-order terms unless asked for."""
     rankings: dict[int, Ranking] = {}
 
     def picked(rows: list[int]) -> list[dict[Unit, dict[str, Picked]]]:
-        part = [questions[row] for row in rows]
-        return on_site(model, pick, part, {chosen: {method: k}}, seed=seed, steps=steps, with_first_order=True)
+        part, wanted = [questions[row] for row in rows], {unit: {method: k}}
+        return on_site(model, pick, part, wanted, seed=seed, steps=steps, with_first_order=with_first_order)
 
     for rows, found in by_batch(model, [len(question.ids) for question in questions], picked):
         for row, by_unit in zip(rows, found, strict=True):
-            best, question = by_unit[chosen][method], questions[row]
-            rankings[row] = Ranking(
-                prompt=question.text,
-                answer=question.answer,
-                answer_id=question.answer_id,
-                unit=chosen,
-                method=method,
-                neurons=best.records,
-                scores=best.scores,
-                exact=best.certificate,
-                tokens=tuple(model.tokenizer.decode([token]) for token in question.ids),
-                first_order=None if best.first_order is None else best.first_order.cpu(),
-            )
-    if isinstance(prompt, str | Prompt):
-        return rankings[0]
+            rankings[row] = ranking_of(model, questions[row], unit, method, by_unit[unit][method])
     return [rankings[row] for row in range(len(questions))]
+
+
+def ranking_of(model: Model, question: Question, unit: Unit, method: str, best: Picked) -> Ranking:
+    """Return what was picked for a question as a ranking."""
+    return Ranking(
+        prompt=question.text,
+        answer=question.answer,
+        answer_id=question.answer_id,
+        unit=unit,
+        method=method,
+        neurons=best.records,
+        scores=best.scores,
+        exact=best.certificate,
+        tokens=tuple(model.tokenizer.decode([token]) for token in question.ids),
+        first_order=best.first_order,
+    )

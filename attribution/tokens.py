@@ -32,9 +32,9 @@ class TokenBatch:
     mask: Tensor
     last: Tensor
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Return the keyword arguments of a transformers model."""
-        return {"input_ids": self.ids, "attention_mask": self.mask}
+    def inputs(self) -> dict[str, Tensor | bool]:
+        """Return the keyword arguments of a transformers model; no pass is gone on from, so none keeps a cache."""
+        return {"input_ids": self.ids, "attention_mask": self.mask, "use_cache": False}
 
     def repeat_rows(self, rows: Tensor) -> TokenBatch:
         """Return the batch whose row i is row ``rows[i]`` of this one."""

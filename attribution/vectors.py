@@ -18,6 +18,9 @@ __all__ = ["VectorTable", "slots_of"]
 # Projected vectors are kept up to this many float64 numbers per table: 128 MiB.
 _KEPT_NUMBERS = 2**24
 
+# Ranks in so small a part of the vectors are not kept.
+_FEW_OF_ALL = 8
+
 # How many of the tokens that a vector raises most are remembered.
 _LEADING = 64
 
@@ -166,11 +169,13 @@ class VectorTable:
         The rank counts from 1, in descending order; tokens equal to the answer do not push it down. The frozen
         scale does not change it.
         """
-        if not self.keeps_logits:
-            return _reciprocal_ranks(self.unscaled_logits(slot, row), answer)
-        if answer not in self._ranks:
-            self._ranks[answer] = _reciprocal_ranks(self._kept_logits, answer)
-        return self._ranks[answer][self.offsets[slot] + row]
+        known = self._ranks.get(answer)
+        if known is None:
+            # A search asks for a few vectors; what needs most of them is asked again for other prompts of the answer.
+            if not self.keeps_logits or len(row) < sum(self.sizes) // _FEW_OF_ALL:
+                return _reciprocal_ranks(self.unscaled_logits(slot, row), answer)
+            known = self._ranks[answer] = _reciprocal_ranks(self._kept_logits, answer)
+        return known[self.offsets[slot] + row]
 
     @cached_property
     def keeps_logits(self) -> bool:

@@ -11,21 +11,28 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from tqdm.auto import tqdm
 
 from attribution.claims import Claim, Verdict, judge
 from attribution.decomposition import IDENTITIES, decomposition_errors, worst
-from attribution.evaluation import evaluate, known_prompts, outcomes, traced_batches
+from attribution.evaluation import evaluate_ranked, known_prompts, outcomes, traced_batches
 from attribution.knowledge import Knowledge, Prompt
 from attribution.metrics import METRICS, by_metric
 from attribution.model import Model
-from attribution.questions import Question, question_of
+from attribution.questions import Question, by_batch, question_of
+from attribution.ranking import Picked, Ranking, pick, ranking_of
+from attribution.records import Unit, unit_named
 from attribution.registry import Entry, entry_of
 from attribution.selection_rule import one_token_words
 from attribution.tokens import answer_tokens
+from attribution.trace import on_site
 
-__all__ = ["Workbench", "prompt_key"]
+__all__ = ["STEPS", "Workbench", "prompt_key"]
 
 T = TypeVar("T")
+
+STEPS = 20
+"""Points on the path of integrated gradients."""
 
 # Fewer say little of an engine that is checked on them.
 _ENOUGH = 24
@@ -64,6 +71,7 @@ class Workbench:
         self.progress = progress
         self._frames: dict[tuple[str, tuple[object, ...]], pd.DataFrame] = {}
         self._measured: dict[tuple[object, ...], object] = {}
+        self._picked: dict[tuple[Unit, str, int, int], Picked] = {}
 
     @property
     def entry(self) -> Entry:
@@ -159,6 +167,63 @@ class Workbench:
             self._measured[key] = measure()
         return self._measured[key]  # type: ignore[return-value]
 
+    def picked(
+        self, methods: Sequence[str], k: Mapping[Unit, int], *, places: Sequence[int], seed: int | None = None
+    ) -> list[dict[str, dict[Unit, Picked]]]:
+        """Return the best of each prompt by method and unit; no claim's search is run again for a claim that asks less.
+
+        Args:
+            methods: Registered methods; all that have to be run share one trace per batch.
+            k: How many of each unit.
+            places: Which of :attr:`prompts`.
+            seed: Seed of random draws; the bench's own when ``None``.
+        """
+        seed = self.seed if seed is None else seed
+
+        def lacks(unit: Unit, method: str, place: int) -> bool:
+            known = self._picked.get((unit, method, seed, place))
+            return known is None or len(known.records) < k[unit]
+
+        wanted: dict[Unit, dict[str, int | None]] = {}
+        missing: set[int] = set()
+        for unit, number in k.items():
+            for method in methods:
+                shallow = [place for place in places if lacks(unit, method, place)]
+                if shallow:
+                    wanted.setdefault(unit, {})[method] = number
+                    missing.update(shallow)
+        asked = sorted(missing)
+        questions = [self.questions[place] for place in asked]
+
+        def ranked(rows: list[int]) -> list[dict[Unit, dict[str, Picked]]]:
+            return on_site(self.model, pick, [questions[row] for row in rows], wanted, seed=seed, steps=STEPS)
+
+        what = f"{self.model.name} ranking by {', '.join(methods)}"
+        with tqdm(total=len(asked), desc=what, unit="prompt", disable=not self.progress or not asked) as bar:
+            for rows, found in by_batch(self.model, [len(question.ids) for question in questions], ranked):
+                for row, by_unit in zip(rows, found, strict=True):
+                    for unit, by_method in by_unit.items():
+                        for method, best in by_method.items():
+                            if lacks(unit, method, asked[row]):
+                                self._picked[unit, method, seed, asked[row]] = best
+                bar.update(len(rows))
+        return [
+            {
+                method: {unit: self._picked[unit, method, seed, place].first(number) for unit, number in k.items()}
+                for method in methods
+            }
+            for place in places
+        ]
+
+    def rankings(self, method: str, unit: str, k: int, *, places: Sequence[int]) -> list[Ranking]:
+        """Return the best of each prompt as rankings without first-order terms, see :meth:`picked`."""
+        chosen = unit_named(unit)
+        found = self.picked((method,), {chosen: k}, places=places)
+        return [
+            ranking_of(self.model, self.questions[place], chosen, method, best[method][chosen])
+            for place, best in zip(places, found, strict=True)
+        ]
+
     def frames(
         self,
         methods: Sequence[str],
@@ -192,14 +257,21 @@ class Workbench:
         key = (asked if isinstance(asked, int) else tuple(asked), seed, len(places))
         missing = [name for name in dict.fromkeys(methods) if (name, (kind, *key)) not in self._frames]
         if missing:
-            kinds = list(dict.fromkeys((kind, *together)))
-            frame = evaluate(
+            budgets = [k] if isinstance(k, Mapping) else [{"ffn": each} for each in ([k] if isinstance(k, int) else k)]
+            largest = {unit_named(unit): max(budget[unit] for budget in budgets) for unit in budgets[0]}
+            found = self.picked(missing, largest, places=places, seed=seed)
+            records = [
+                {name: {unit: best.records for unit, best in by_unit.items()} for name, by_unit in own.items()}
+                for own in found
+            ]
+            frame = evaluate_ranked(
                 self.model,
+                [self.questions[place] for place in places],
                 [self.prompts[place] for place in places],
-                method=missing,
+                records,
                 k=k,
-                kind=kinds,
-                reference=None if kinds == ["zero"] else self.prompts,
+                kind=list(dict.fromkeys((kind, *together))),
+                reference=self.questions,
                 seed=seed,
                 progress=self.progress,
             )

@@ -680,6 +680,17 @@ def test_records_are_weighted_by_their_log_probability_increase(model: at.Model)
     assert set(by_records.layers["value_unit"]) == {"ffn", "attention"}
 
 
+def test_several_rankings_are_taken_together(model: at.Model) -> None:
+    rankings = [at.attribute(model, PROMPT, ANSWER, unit=unit, k=k) for unit, k in (("ffn", 100), ("attention", 200))]
+    together, papers = at.query(model, PROMPT, ANSWER, value_neurons=rankings), at.query(model, PROMPT, ANSWER)
+    assert together.value_neurons == papers.value_neurons
+    assert together.neurons == papers.neurons
+    torch.testing.assert_close(together.scores, papers.scores)
+    pd.testing.assert_frame_equal(together.layers, papers.layers)
+    with pytest.raises(BadInputError, match="more than once"):
+        at.query(model, PROMPT, ANSWER, value_neurons=rankings[:1] * 2)
+
+
 def test_query_neurons_stand_in_order_of_score_and_ties_in_order_of_records(loaded: Callable[[str], at.Model]) -> None:
     # Half of OPT's coefficients are exactly zero, and so are the scores of those neurons.
     model = loaded("opt")
@@ -769,7 +780,7 @@ MISUSES: list[tuple[Callable[[at.Model], object], list[str]]] = [
     (lambda m: at.query(m, PROMPT, ANSWER, k=2.5), ["k = 2.5"]),
     (lambda m: at.query(m, PROMPT, ANSWER, subkey="sideways"), ["'sideways'", "first_order, gate, up, down"]),
     (lambda m: at.query(m, PROMPT, ANSWER, value_neurons=[]), [repr(PROMPT), "empty"]),
-    (lambda m: at.query(m, PROMPT, ANSWER, value_neurons=FFN), [repr(FFN), "a Ranking or a list"]),
+    (lambda m: at.query(m, PROMPT, ANSWER, value_neurons=FFN), [repr(FFN), "a Ranking, several of them, or a list"]),
     (lambda m: at.query(m, PROMPT, ANSWER, value_neurons=[(1, 2)]), ["(1, 2)", "FFNNeuron or AttentionNeuron"]),
     (lambda m: at.query(m, PROMPT, ANSWER, value_neurons=[at.Head(1, 2)]), ["Head(layer=1, head=2)", "FFNNeuron"]),
     (lambda m: at.query(m, PROMPT, ANSWER, value_neurons=[at.Layer(1, "ffn")]), ["Layer(", "FFNNeuron"]),

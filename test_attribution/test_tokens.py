@@ -76,7 +76,7 @@ def test_padding_is_on_the_right_and_hidden() -> None:
     assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0], [9, 4, 0]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     assert batch.last.tolist() == [2, 0, 1]
-    assert set(batch.inputs()) == {"input_ids", "attention_mask"}
+    assert set(batch.inputs()) == {"input_ids", "attention_mask", "use_cache"}
 
 
 def test_rows_are_repeated_with_their_masks() -> None:

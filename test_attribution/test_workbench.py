@@ -5,12 +5,16 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 import attribution as at
 from attribution.claims import Claim, Status
+from attribution.evaluation import evaluate_ranked
 from attribution.knowledge import Fact, Knowledge
 from attribution.model import Model
+from attribution.ranking import pick
 from attribution.workbench import Workbench
 
 PHRASINGS = ("The capital of {subject} is", "The capital city of {subject} is", "In {subject} the capital is")
@@ -78,10 +82,9 @@ def test_frames_have_one_row_per_prompt_and_number_in_their_order(bench: Workben
 def test_what_was_measured_is_not_measured_again(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.frames(("log_prob_increase",), 3)["log_prob_increase"]
     asked = []
-    evaluate = at.evaluate
     monkeypatch.setattr(
-        "attribution.workbench.evaluate",
-        lambda *arguments, **options: asked.append(options["method"]) or evaluate(*arguments, **options),
+        "attribution.workbench.evaluate_ranked",
+        lambda *arguments, **options: asked.append(list(arguments[3][0])) or evaluate_ranked(*arguments, **options),
     )
     frames = bench.frames(("random", "log_prob_increase"), 3)
     assert asked == [["random"]]
@@ -91,6 +94,52 @@ def test_what_was_measured_is_not_measured_again(bench: Workbench, monkeypatch: 
     bench.frames(("random",), 4)
     assert len(asked) == 4
     assert bench.once(("number",), lambda: 1) == bench.once(("number",), lambda: 2) == 1
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "resample"])
+def test_frames_are_what_evaluate_returns(bench: Workbench, kind: str) -> None:
+    methods, budget = ("log_prob_increase", "random"), {"attention": 5, "ffn": 3}
+    frames = bench.frames(methods, budget, kind=kind, together=("zero",), seed=4)
+    expected = at.evaluate(
+        bench.model,
+        bench.prompts,
+        method=methods,
+        k=budget,
+        kind=kind,
+        reference=None if kind == "zero" else bench.prompts,
+        seed=4,
+    )
+    pd.testing.assert_frame_equal(pd.concat(frames.values(), ignore_index=True), expected)
+
+
+def test_search_for_fewer_is_not_run_again(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+    monkeypatch.setattr(
+        "attribution.workbench.pick",
+        lambda model, questions, wanted, **options: (
+            searched.append((len(questions), wanted)) or pick(model, questions, wanted, **options)
+        ),
+    )
+    places, method = [0, 1], "log_prob_increase"
+    bench.picked((method,), {"ffn": 5}, places=[1])
+    assert searched == [(1, {"ffn": {method: 5}})]
+    found = bench.picked((method, "output_norm"), {"ffn": 9, "attention": 4}, places=places)
+    assert searched[1:] == [
+        (2, {"ffn": {method: 9, "output_norm": 9}, "attention": {method: 4, "output_norm": 4}}),
+    ]
+    fewer = bench.picked(("output_norm", method), {"ffn": 3}, places=places)
+    for k, unit in ((3, "ffn"), (2, "attention"), (9, "ffn")):
+        for place, ranking in zip(places, bench.rankings(method, unit, k, places=places), strict=True):
+            prompt = bench.prompts[place]
+            alone = at.attribute(bench.model, prompt, unit=unit, method=method, k=k)
+            assert (ranking.neurons, ranking.tokens) == (alone.neurons, alone.tokens)
+            # Two float32 forward passes of batches of other sizes.
+            torch.testing.assert_close(ranking.scores, alone.scores, rtol=0, atol=1e-5)
+    for own, more in zip(fewer, found, strict=True):
+        assert own["output_norm"]["ffn"].records == more["output_norm"]["ffn"].records[:3]
+    assert len(searched) == 2
+    bench.picked((method,), {"ffn": 3}, places=places, seed=1)
+    assert len(searched) == 3
 
 
 def test_verdict_carries_what_was_measured_by_prompt(bench: Workbench) -> None:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from attribution.claims import Claim, Extremes
 from attribution.queries import QueryRanking, query
-from attribution.ranking import Ranking, attribute
+from attribution.questions import question_of
+from attribution.ranking import Ranking, ranked
 from attribution.records import Component, Head, Layer, Unit
 from attribution.registry import KNOWLEDGE_FAMILIES
 from attribution.suite.common import METHOD
@@ -114,15 +115,19 @@ class Survey:
     def rank(
         self, unit: Unit, k: int | None, *, method: str = METHOD, answers: list[str] | None = None
     ) -> list[Ranking]:
-        """Rank a unit on every prompt, for other answers if some are given."""
+        """Rank a unit on every prompt, for other answers if some are given; without first-order terms."""
+        if k is not None and answers is None:
+            return self.bench.rankings(method, unit, k, places=self.places)
         model, found = self.bench.model, list[Ranking]()
-        asked = answers or [self.bench.prompts[place].answer for place in self.places]
         texts = [self.bench.prompts[place].text for place in self.places]
+        questions = [self.bench.questions[place] for place in self.places]
+        if answers is not None:
+            questions = [question_of(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
         what = f"{model.name} {unit} {method}"
         with tqdm(total=len(texts), desc=what, unit="prompt", disable=not self.bench.progress) as bar:
             for start in range(0, len(texts), _AT_ONCE):
                 part = slice(start, start + _AT_ONCE)
-                found += attribute(model, texts[part], asked[part], unit=unit, method=method, k=k)
+                found += ranked(model, questions[part], unit, method, k)
                 bar.update(len(texts[part]))
         return found
 
@@ -153,7 +158,9 @@ class Survey:
         """What wakes each prompt's value neurons, by layer and by FFN neuron."""
         prompts = [self.bench.prompts[place] for place in self.places]
         number = max(self.shared_of, query_budget(self.bench))
-        return query(self.bench.model, prompts, k=number) if prompts else []
+        value_neurons = [self.rank(unit, self.value_neurons(unit)) for unit in _VALUE_NUMBERS]
+        rankings = list(zip(*value_neurons, strict=True))
+        return query(self.bench.model, prompts, value_neurons=rankings, k=number) if prompts else []
 
 
 def survey_of(bench: Workbench, per_category: int) -> Survey:

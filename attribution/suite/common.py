@@ -11,7 +11,7 @@ from scipy import stats
 from attribution.claims import Claim, Verdict
 from attribution.methods import METHODS
 from attribution.records import Unit, unit_named
-from attribution.workbench import Workbench
+from attribution.workbench import STEPS, Workbench
 
 __all__ = [
     "BASELINES",
@@ -49,9 +49,6 @@ METRIC_NAMES = {"mrr": "mean reciprocal rank", "prob": "mean probability", "logp
 
 OTHER_KINDS = ("mean", "resample")
 """Kinds of ablation that are reported beside the paper's."""
-
-STEPS = 20
-"""Points on the path of integrated gradients."""
 
 MIN_PROMPTS = 300
 """Fewer prompts than this decide no claim about a mean over all of them."""

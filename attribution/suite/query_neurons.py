@@ -13,9 +13,9 @@ from attribution.claims import Claim, Verdict
 from attribution.evaluation import outcomes
 from attribution.metrics import by_metric
 from attribution.queries import query
-from attribution.ranking import Ranking, attribute
+from attribution.ranking import Ranking
 from attribution.records import FFNNeuron, Unit
-from attribution.suite.common import METRIC_NAMES, MIN_PROMPTS, STEPS, budget_of, not_applicable
+from attribution.suite.common import METRIC_NAMES, MIN_PROMPTS, budget_of, not_applicable
 from attribution.suite.value_neurons import MARGIN, SEEDS
 from attribution.workbench import Workbench
 
@@ -46,14 +46,8 @@ def query_budget(bench: Workbench) -> int:
 
 
 def strongest(bench: Workbench, method: str, unit: Unit, number: int) -> list[Ranking]:
-    """Return the top neurons of :data:`MIN_PROMPTS` prompts, those at ``bench.part(MIN_PROMPTS)``; ranked once."""
-    prompts = [bench.prompts[place] for place in bench.part(MIN_PROMPTS)]
-    if not prompts:
-        return []
-    return bench.once(
-        ("strongest", method, unit, number),
-        lambda: attribute(bench.model, prompts, unit=unit, method=method, k=number, steps=STEPS),
-    )
+    """Return the top neurons of :data:`MIN_PROMPTS` prompts, those at ``bench.part(MIN_PROMPTS)``."""
+    return bench.rankings(method, unit, number, places=bench.part(MIN_PROMPTS))
 
 
 def waking(bench: Workbench, method: str) -> list[list[FFNNeuron]]:

@@ -13,7 +13,6 @@ from attribution.metrics import by_metric
 from attribution.questions import batches_of
 from attribution.ranking import all_candidates
 from attribution.records import Component, unit_named
-from attribution.selection import top_k
 from attribution.suite.common import MIN_PROMPTS, OTHER_KINDS, STEPS, budget_of
 from attribution.workbench import Workbench
 
@@ -98,19 +97,21 @@ def random_neurons_have_no_effect(bench: Workbench, method: str, seed: int, metr
 
 def _matched(bench: Workbench, method: str, budget: dict[str, int], seed: int) -> tuple[list[list[Component]], float]:
     """Return matched controls for each prompt of a part, and their norms as a share of the value neurons'."""
-    asked = [bench.questions[place] for place in bench.part(MIN_PROMPTS)]
+    places = bench.part(MIN_PROMPTS)
+    asked = [bench.questions[place] for place in places]
+    best = bench.picked((method,), {unit_named(unit): number for unit, number in budget.items()}, places=places)
     controls: list[list[Component]] = [[] for _ in asked]
     norms = {"chosen": 0.0, "drawn": 0.0}
     for rows, batch in batches_of(bench.model, asked):
         questions = [asked[row] for row in rows]
-        wanted = {unit_named(unit): [method_named(method, unit_named(unit))] for unit in budget}
+        wanted = {unit_named(unit): [method_named("output_norm", unit_named(unit))] for unit in budget}
         found = all_candidates(bench.model, questions, batch, wanted, seed=seed, steps=STEPS)
         for row, by_unit in zip(rows, found, strict=True):
             for unit, candidates in by_unit.items():
-                chosen = top_k(candidates, wanted[unit][0], budget[unit]).best
+                chosen = best[row][method][unit].best.to(bench.model.device)
                 drawn = matched(candidates, chosen)
                 controls[row] += candidates.records(drawn)
-                size = score_candidates(method_named("output_norm", unit), candidates)
+                size = score_candidates(wanted[unit][0], candidates)
                 norms["chosen"] += float(size[chosen].sum())
                 norms["drawn"] += float(size[drawn].sum())
     return controls, norms["drawn"] / norms["chosen"] if norms["chosen"] else float("nan")
