@@ -96,15 +96,19 @@ class Masks:
         return torch.stack([mask.sum(-1, dtype=torch.int32).sum(0) for mask in masks]).sum(0)
 
 
-def _columns(found: list[tuple[int, Component]], **sizes: int) -> tuple[Tensor, ...]:
-    """Return variants and the named fields of records, each (n,), checked against what the model has.
+Found: TypeAlias = list[tuple[int, list[Any]]]
+"""Variants by number, each with its records of one kind."""
+
+
+def _columns(found: Found, **sizes: int) -> tuple[Tensor, ...]:
+    """Return variants and the named fields of their records, each (n,), checked against what the model has.
 
     Raises:
         BadInputError: If a field lies outside.
     """
-    if not found:
+    records = [record for _, own in found for record in own]
+    if not records:
         return torch.empty(1 + len(sizes), 0, dtype=torch.long).unbind()
-    variants, records = zip(*found, strict=True)
     # numpy reads long lists several times faster than torch does.
     values = torch.from_numpy(np.array([list(map(attrgetter(name), records)) for name in sizes]))
     limits = torch.tensor(list(sizes.values()))[:, None]
@@ -113,7 +117,8 @@ def _columns(found: list[tuple[int, Component]], **sizes: int) -> tuple[Tensor, 
         place, row = outside.nonzero()[0].tolist()
         (name, size), record = list(sizes.items())[place], records[row]
         raise BadInputError(f"{record!r} has {name} {getattr(record, name)}, but the model has {size}; count from 0.")
-    return torch.from_numpy(np.array(variants)), *values
+    variants = np.repeat([number for number, _ in found], [len(own) for _, own in found])
+    return torch.from_numpy(variants), *values
 
 
 def ablation_masks(
@@ -140,16 +145,16 @@ def ablation_masks(
     Raises:
         BadInputError: If a record is of no known kind or lies outside the model or its prompt.
     """
-    found: dict[type, list[tuple[int, Any]]] = {
-        kind: [] for kind in (FFNNeuron, AttentionNeuron, Head, HeadPosition, Layer)
-    }
+    found: dict[type, Found] = {kind: [] for kind in (FFNNeuron, AttentionNeuron, Head, HeadPosition, Layer)}
     for number, records in enumerate(variants):
-        for record in records:
-            if type(record) not in found:
+        # By kind, not record by record: pairs of millions of records would keep the garbage collector busy.
+        for kind in set(map(type, records)):
+            own: list[Any] = [record for record in records if type(record) is kind]
+            if kind not in found:
                 raise BadInputError(
-                    f"{record!r} cannot be ablated; pass records: {', '.join(kind.__name__ for kind in found)}."
+                    f"{own[0]!r} cannot be ablated; pass records: {', '.join(each.__name__ for each in found)}."
                 )
-            found[type(record)].append((number, record))
+            found[kind].append((number, own))
     sizes = {"layer": anatomy.layers, "head": anatomy.heads}
     # Places are gathered first: one indexed assignment is far cheaper than one per record.
     ffn = torch.zeros(anatomy.layers, len(variants), anatomy.ffn_neurons, dtype=torch.bool)
@@ -159,11 +164,13 @@ def ablation_masks(
     variant, layer, head = _columns(found[Head], **sizes)
     attention[layer, variant, head] = True
     sublayers = {"ffn": ffn, "attention": attention}
-    for _, record in found[Layer]:
-        if record.kind not in sublayers:
-            raise BadInputError(f"{record!r} has kind {record.kind!r}; use {' or '.join(sublayers)}.")
-    for kind, mask in sublayers.items():
-        variant, layer = _columns([each for each in found[Layer] if each[1].kind == kind], layer=anatomy.layers)
+    for _, own in found[Layer]:
+        for record in own:
+            if record.kind not in sublayers:
+                raise BadInputError(f"{record!r} has kind {record.kind!r}; use {' or '.join(sublayers)}.")
+    for sublayer, mask in sublayers.items():
+        of_kind = [(number, [each for each in own if each.kind == sublayer]) for number, own in found[Layer]]
+        variant, layer = _columns(of_kind, layer=anatomy.layers)
         mask[layer, variant] = True
     if not at_source:
         variant, layer, head, dim = _columns(found[AttentionNeuron], **sizes, dim=anatomy.head_dim)
@@ -172,22 +179,23 @@ def ablation_masks(
     return Masks(ffn, attention, sources)
 
 
-def _source_mask(
-    heads: list[tuple[int, Any]], dims: list[tuple[int, Any]], attention: Tensor, batch: TokenBatch | None
-) -> Tensor:
+def _source_mask(heads: Found, dims: Found, attention: Tensor, batch: TokenBatch | None) -> Tensor:
     """Return what is replaced at one source position but nowhere else, as in :class:`Masks`."""
     if not heads and not dims:
         return attention.new_zeros(*attention.shape, 0)
     if batch is None:
         raise BadInputError(
-            f"{(heads + dims)[0][1]!r} has no parameters of its own: all source positions share them; ablate the Head."
+            f"{(heads + dims)[0][1][0]!r} has no parameters of its own: all source positions share them; ablate the "
+            "Head."
         )
     tokens = (batch.last + 1).tolist()
-    for number, record in heads + dims:
-        if not 0 <= record.position < tokens[number]:
-            raise BadInputError(
-                f"{record!r} has position {record.position}, but its prompt has {tokens[number]} tokens; count from 0."
-            )
+    for number, own in heads + dims:
+        for record in own:
+            if not 0 <= record.position < tokens[number]:
+                raise BadInputError(
+                    f"{record!r} has position {record.position}, but its prompt has {tokens[number]} tokens; count "
+                    "from 0."
+                )
     (layers, _, each_layer, head_dim), positions = attention.shape, batch.ids.shape[1]
     sources = attention.new_zeros(*attention.shape, positions)
     variant, layer, head, position = _columns(heads, layer=layers, head=each_layer, position=positions)
