@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from attribution.knowledge import CATEGORIES
 from attribution.registry import registry
 
@@ -14,3 +18,12 @@ def pytest_attribution_models() -> list[str]:
 def pytest_attribution_categories() -> tuple[str, ...]:
     """All six kinds of knowledge."""
     return CATEGORIES
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the tests of the engine alone where ``-m`` is a model's marker: none is about it, and to collect them takes
+    longer than all claims about a small one need to begin.
+    """
+    markers = {entry.marker for entry in registry().values()}
+    of_the_engine = config.rootpath / "test_attribution" in collection_path.parents
+    return True if of_the_engine and config.option.markexpr in markers else None
