@@ -616,7 +616,7 @@ MEASURING = (
     ),
     _fault(
         "every method ablates the first one's neurons",
-        "evaluation:_experiment",
+        "evaluation:_ablated",
         "ranked[row][arms[place][0]]",
         "ranked[row][names[0]]",
         BASELINES,
@@ -898,6 +898,29 @@ SUITE = (
         "asked), seed, len(places))",
         "asked), len(places))",
         CONTROLS,
+    ),
+    Fault(
+        "rankings with other seeds are taken for the first",
+        (
+            Edit("workbench:Workbench.picked", "seed, asked[row]] = best", "0, asked[row]] = best"),
+            Edit("workbench:Workbench.picked", "seed, place))", "0, place))"),
+            Edit("workbench:Workbench.picked", "seed, place].first", "0, place].first"),
+        ),
+        CONTROLS,
+    ),
+    _fault(
+        "rankings are kept for other prompts",
+        "workbench:Workbench.picked",
+        "self.questions[place] for place in asked]",
+        "self.questions[place] for place in reversed(asked)]",
+        VALUE,
+    ),
+    _fault(
+        "of a longer ranking the last are taken for the first",
+        "ranking:Picked.first",
+        "Picked(self.records[:k],",
+        "Picked(self.records[-k:],",
+        BASELINES,
     ),
     _fault(
         "method and baseline are not paired by prompt",
