@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attribution as at
-from attribution import claims, evaluation
+from attribution import claims, workbench
 from attribution.claims import Status
 from attribution.importance import Candidates, first_order_bound
 from attribution.knowledge import Fact, Knowledge, load_knowledge
@@ -246,13 +246,13 @@ def _shuffled(bench: Workbench) -> Method:
 
 def _ranked_elsewhere(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Method:
     """The paper's method, ranking on a copy of the model with shuffled weights."""
-    method, twin, rank = replace(PAPER, name="elsewhere"), randomised(bench.model), evaluation.best_records
+    method, twin, rank = replace(PAPER, name="elsewhere"), randomised(bench.model), workbench.pick
 
-    def best_records(model: at.Model, questions: Any, methods: Any, *rest: Any, **options: Any) -> Any:
-        assert list(methods) == ["elsewhere"], "the baselines were measured before"
-        return rank(twin, questions, methods, *rest, **options)
+    def pick(model: at.Model, questions: Any, wanted: Any, **options: Any) -> Any:
+        assert {name for named in wanted.values() for name in named} == {"elsewhere"}, "others were ranked before"
+        return rank(twin, questions, wanted, **options)
 
-    monkeypatch.setattr(evaluation, "best_records", best_records)
+    monkeypatch.setattr(workbench, "pick", pick)
     return method
 
 

@@ -439,7 +439,7 @@ RANKING = (
     ),
     _fault(
         "rankings come in order of length",
-        "ranking:attribute",
+        "ranking:ranked",
         "[rankings[row] for row in range(len(questions))]",
         "list(rankings.values())",
         TOP,
@@ -920,7 +920,7 @@ SUITE = (
         "ranking:Picked.first",
         "Picked(self.records[:k],",
         "Picked(self.records[-k:],",
-        BASELINES,
+        VALUE + BASELINES,
     ),
     _fault(
         "method and baseline are not paired by prompt",
