@@ -188,6 +188,11 @@ class Candidates:
         return self.coefficient.abs() * norms * (self.table.largest_readout / self.scale)
 
     @cached_property
+    def increase_bound(self) -> Tensor:
+        """:func:`first_order_bound` over the distribution of each slot, (n,): several methods rest on it."""
+        return first_order_bound(self, self.log_probs)
+
+    @cached_property
     def tolerance(self) -> float:
         """How far float64 rounding can move an exact score, in nats; scores closer than this count as tied.
 

@@ -180,7 +180,7 @@ def _checked(method: Method, role: str, scores: object, candidates: Candidates) 
 
 
 def _log_prob_increase_bound(candidates: Candidates) -> Tensor:
-    return first_order_bound(candidates, candidates.log_probs)
+    return candidates.increase_bound
 
 
 def _log_prob_increase_first_order(candidates: Candidates) -> Tensor:

@@ -20,7 +20,7 @@ __all__ = ["Certificate", "Selection", "top_k"]
 # Numbers in one block of updates, candidates x vocabulary: 2**23 float64 numbers are 64 MiB. Each block reads the whole
 # unembedding, except where logits are kept: there a block does better that fits a processor's cache.
 _BLOCK_NUMBERS = 2**23
-_KEPT_BLOCK_NUMBERS = 2**20
+_KEPT_BLOCK_NUMBERS = 2**18
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,10 @@ def top_k(candidates: Candidates, method: Method, k: int | None, *, with_first_o
             left = bounds.scatter(0, order, float("-inf")).argsort(descending=True, stable=True)
             order = torch.cat([order, left[: total - len(order)]])
         block = order[done : done + size]
-        exact, first_order = _score(method, candidates, block, with_first_order=with_first_order)
+        if method.bound is method.score and method.first_order is None:
+            exact, first_order = bounds[block], None
+        else:
+            exact, first_order = _score(method, candidates, block, with_first_order=with_first_order)
         excess = exact - bounds[block]
         if (excess > tolerance).any():
             worst = candidates.records(block[excess.argmax()][None])[0]
