@@ -295,7 +295,7 @@ def _bounds(shape: Shape, slots: int, vectors: int, candidates: int) -> Work:
 def _scores(shape: Shape, unit: _Unit, number: float, *, first_order: bool = True) -> Work:
     """Exact scores of so many candidates."""
     kept = shape.keeps_logits(unit.vectors)
-    rows = max(1, (2**20 if kept else BLOCK_NUMBERS) // shape.vocabulary)
+    rows = max(1, (2**18 if kept else BLOCK_NUMBERS) // shape.vocabulary)
     sweeps = SWEEPS if first_order else SWEEPS - 2
     swept = Phase("sweeps", bytes=sweeps * DOUBLE * shape.vocabulary * number)
     if kept:
@@ -390,8 +390,9 @@ def table_2(
     """
     held, found = _unit(shape, "ffn", tokens), scored or {}
     each = _states(shape, held.slots)
-    # log p(w|mv) is an increase over one uniform distribution for all layers; a rank has a bound that is looked up.
-    for slots in (held.slots, 1, held.slots):
+    # Both increases rest on one bound; log p(w|mv) is an increase over one uniform distribution for all layers; a rank
+    # has a bound that is looked up.
+    for slots in (held.slots, 1):
         each += _bounds(shape, slots, held.vectors, held.candidates)
     for name in ("log_prob_increase", "log_prob", "prob_increase", "reciprocal_rank", "coefficient_by_rank"):
         each += _scores(shape, held, found.get(name, k + SPARE), first_order=False)
