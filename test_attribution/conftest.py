@@ -17,6 +17,8 @@ import attribution as at
 
 # A worker of a distributed run shares the cores with others.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes that tests start compute alike: the number of threads decides the last digits.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 LAYERS, WIDTH, HEADS, KV_HEADS, FFN, CONTEXT = 3, 32, 4, 2, 48, 32
