@@ -24,6 +24,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave the tests of the engine alone where ``-m`` is a model's marker: none is about it, and to collect them takes
     longer than all claims about a small one need to begin.
     """
-    markers = {entry.marker for entry in registry().values()}
-    of_the_engine = config.rootpath / "test_attribution" in collection_path.parents
-    return True if of_the_engine and config.option.markexpr in markers else None
+    if config.rootpath / "test_attribution" not in collection_path.parents:
+        return None
+    return True if config.option.markexpr in {entry.marker for entry in registry().values()} else None

@@ -302,10 +302,10 @@ def evaluate_ranked(
     ranked: Sequence[Mapping[str, Mapping[Unit, list[Component]]]],
     *,
     k: int | Sequence[int] | Mapping[str, int],
-    kind: Sequence[str] = ("zero",),
-    reference: Sequence[Question] | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    kind: Sequence[str],
+    reference: Sequence[Question],
+    seed: int,
+    progress: bool,
 ) -> pd.DataFrame:
     """Return the table of :func:`evaluate` for prompts whose best FFN neurons, or units of ``k``, are known already.
 
@@ -316,12 +316,12 @@ def evaluate_ranked(
         ranked: For each prompt, method to unit to records, best first, at least as many as the largest number asked.
         k: As there.
         kind: Kinds of ablation.
-        reference: As there; the evaluated prompts themselves when ``None``.
+        reference: Prompts that ``"mean"`` and ``"resample"`` take their values from.
         seed: Seed of the donors that ``"resample"`` draws.
         progress: Show a progress bar.
     """
     budgets, names, encoded = _budgets(k, "ffn"), list(ranked[0]), [question.ids for question in questions]
-    given = encoded if reference is None else [question.ids for question in reference]
+    given = [question.ids for question in reference]
     values = _references(model, [ablation_kind(each) for each in kind], encoded, given, seed)
     results: dict[int, list[Any]] = {}
 
