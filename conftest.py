@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from attribution.knowledge import CATEGORIES
-from attribution.registry import registry
+from attribution.models.registry import registry
+from attribution.prompts.knowledge import CATEGORIES
 
 
 def pytest_attribution_models() -> list[str]:

@@ -13,16 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attribution.checks import Check, preflight
-    from attribution.claims import Claim, Verdict, judge
+    from attribution.claims.judge import Claim, Verdict, judge
+    from attribution.engine.ablation import ablate
+    from attribution.engine.methods import register_method
+    from attribution.engine.metrics import Outcome, measure
+    from attribution.engine.queries import QueryRanking, query
+    from attribution.engine.ranking import Ranking, attribute
     from attribution.errors import AttributionError
-    from attribution.evaluation import ablate, evaluate, known_prompts
-    from attribution.knowledge import Prompt, load_knowledge
-    from attribution.methods import register_method
-    from attribution.metrics import Outcome, measure
-    from attribution.model import Model, load
-    from attribution.queries import QueryRanking, query
-    from attribution.ranking import Ranking, attribute
+    from attribution.experiments.evaluation import evaluate
+    from attribution.experiments.selection_rule import known_prompts
+    from attribution.identities.preflight import Check, preflight
+    from attribution.models.loading import load
+    from attribution.models.model import Model
+    from attribution.prompts.knowledge import Prompt, load_knowledge
     from attribution.records import AttentionNeuron, FFNNeuron, Head, HeadPosition, Layer
 
 __version__ = "0.1.0"
@@ -30,29 +33,29 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttentionNeuron": "records",
     "AttributionError": "errors",
-    "Check": "checks",
-    "Claim": "claims",
+    "Check": "identities.preflight",
+    "Claim": "claims.judge",
     "FFNNeuron": "records",
     "Head": "records",
     "HeadPosition": "records",
     "Layer": "records",
-    "Model": "model",
-    "Outcome": "metrics",
-    "Prompt": "knowledge",
-    "QueryRanking": "queries",
-    "Ranking": "ranking",
-    "Verdict": "claims",
-    "ablate": "evaluation",
-    "attribute": "ranking",
-    "evaluate": "evaluation",
-    "judge": "claims",
-    "known_prompts": "evaluation",
-    "load": "model",
-    "load_knowledge": "knowledge",
-    "measure": "metrics",
-    "preflight": "checks",
-    "query": "queries",
-    "register_method": "methods",
+    "Model": "models.model",
+    "Outcome": "engine.metrics",
+    "Prompt": "prompts.knowledge",
+    "QueryRanking": "engine.queries",
+    "Ranking": "engine.ranking",
+    "Verdict": "claims.judge",
+    "ablate": "engine.ablation",
+    "attribute": "engine.ranking",
+    "evaluate": "experiments.evaluation",
+    "judge": "claims.judge",
+    "known_prompts": "experiments.selection_rule",
+    "load": "models.loading",
+    "load_knowledge": "prompts.knowledge",
+    "measure": "engine.metrics",
+    "preflight": "identities.preflight",
+    "query": "engine.queries",
+    "register_method": "engine.methods",
 }
 
 __all__ = [

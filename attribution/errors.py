@@ -33,4 +33,4 @@ class PreflightError(ModelError):
 
 
 class UnsupportedModelError(ModelError):
-    """A model family that :mod:`attribution.anatomy` has no record of."""
+    """A model family that :mod:`attribution.models.anatomy` has no record of."""

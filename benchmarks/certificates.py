@@ -17,13 +17,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import attribution as at
-from attribution.importance import Candidates
-from attribution.methods import method_named
-from attribution.questions import batches_of, question_of
-from attribution.ranking import all_candidates
+from attribution.engine.batching import batches_of
+from attribution.engine.importance import Candidates
+from attribution.engine.methods import method_named
+from attribution.engine.questions import question_of
+from attribution.engine.ranking import all_candidates
+from attribution.engine.top_k import top_k
+from attribution.engine.vectors import table_of
+from attribution.models.registry import registry
 from attribution.records import NEURON_UNITS, Unit
-from attribution.registry import registry
-from attribution.selection import top_k
 
 K = 10
 # Rows of one block; 512 x 2,560 float64 numbers stay in the processor's cache.
@@ -62,7 +64,7 @@ def compare(name: str, every: int) -> bool:
     method = method_named("log_prob_increase", "ffn")
     projected: dict[Unit, list[Tensor]] = {}
     for unit in NEURON_UNITS:
-        table = model.table(unit)
+        table = table_of(model, unit)
         assert table is not None
         vectors = [each.double() for each in table.vectors]
         if readout.norm.centred:

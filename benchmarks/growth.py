@@ -30,8 +30,8 @@ import torch
 from tqdm.auto import tqdm
 
 import attribution as at
-from attribution.hub import cause_of
-from attribution.knowledge import Prompt
+from attribution.models.hub import cause_of
+from attribution.prompts.knowledge import Prompt
 from benchmarks import growth_report, memory, peers
 from benchmarks.cost import GPT2_LARGE, LLAMA_7B, Shape, every_neuron
 from benchmarks.random_models import random_model, tokenizer_of

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 import attribution as at
-from attribution.anatomy import read_anatomy
-from attribution.trace import wrap
+from attribution.models.anatomy import read_anatomy
+from attribution.models.opening import wrap
 from benchmarks.cost import Shape
 
 SEED = 0

@@ -26,8 +26,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import attribution as at
-from attribution.tokens import TokenBatch, pad
-from attribution.trace import read_activations, rerun
+from attribution.engine.trace import read_activations, rerun
+from attribution.prompts.tokens import TokenBatch, pad
 from benchmarks import memory
 from benchmarks.gpt2_small import prompt, word, write_model
 from benchmarks.published import rescore, rounding, score_attention_neurons, score_ffn_neurons

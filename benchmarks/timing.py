@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 import attribution as at
-from attribution.evaluation import outcomes
-from attribution.knowledge import Prompt
-from attribution.questions import Question, batches_of, question_of
+from attribution.claims.about_methods.common import BASELINES, METHOD
+from attribution.engine.ablation import outcomes
+from attribution.engine.batching import batches_of
+from attribution.engine.questions import Question, question_of
+from attribution.engine.trace import read_activations
+from attribution.prompts.knowledge import Prompt
+from attribution.prompts.tokens import pad
 from attribution.records import Component
-from attribution.suite.common import BASELINES, METHOD
-from attribution.tokens import pad
-from attribution.trace import read_activations
 from benchmarks.cost import Machine, Shape
 from benchmarks.random_models import SEED, random_model, text, word
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
 import itertools
@@ -22,9 +21,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from attribution.registry import entry_of, registry
-from attribution.report import verdict_row, verdict_table
-from attribution.storage import read
+from attribution.gate.storage import read
+from attribution.models.registry import entry_of, registry
+from attribution.report.verdicts import verdict_row, verdict_table
 
 ROOT = Path(__file__).parents[1]
 # What is run for a program that a page names.
@@ -234,9 +233,7 @@ class Page:
             self.done, self.broken = self.done + 1, ""
 
     def _do(self, block: Block) -> None:
-        if (block.kind, block.file) == ("text", "modules"):
-            check_order(block.body)
-        elif block.file:
+        if block.file:
             assert block.kind in ("python", "text", "toml", "csv", "json", "yaml"), f"{block}: no kind of file"
             path = self.folder / block.file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,29 +283,3 @@ def compare(said: str, printed: str) -> None:
 def narrow(text: str) -> str:
     """Return a text with columns and rules of one width: a part of a table is narrower than the whole."""
     return re.sub(r"-{4,}", "----", re.sub(r" *(\n| ) *", r"\1", text)).strip()
-
-
-def check_order(drawing: str) -> None:
-    """Check that modules import only what the drawing has before them."""
-    before: dict[str, set[str]] = {}
-    for chain in re.sub(r"\n\s+->", " ->", drawing).splitlines():
-        earlier: set[str] = set()
-        for stage in chain.split("->"):
-            names = set(re.findall(r"\w+", stage))
-            for name in names:
-                before.setdefault(name, set()).update(earlier)
-            earlier = earlier | names
-    # Through other chains too.
-    for _ in before:
-        for name, earlier in before.items():
-            before[name] = earlier.union(*(before[each] for each in earlier))
-    package = ROOT / "attribution"
-    for name, earlier in before.items():
-        files = [package / f"{name}.py", *(package / name).glob("*.py")]
-        trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-        assert trees, f"there is no module {name}"
-        # Imports for types alone, and those inside functions, are indented deeper.
-        lines = [ast.unparse(node) for tree in trees for node in tree.body if isinstance(node, ast.ImportFrom)]
-        used = {word for line in lines if line.startswith("from attribution") for word in re.findall(r"\w+", line)}
-        late = used & before.keys() - earlier - {name}
-        assert not late, f"{name} imports {', '.join(late)}, and the drawing does not have it before"

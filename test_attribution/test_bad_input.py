@@ -210,9 +210,9 @@ def test_a_bundled_model_that_is_not_there_is_not_looked_for_on_the_hub(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An incomplete checkout: the registry is there, the checkpoint is not."""
-    monkeypatch.setattr("attribution.registry.fixtures_folder", lambda name: tmp_path)
+    monkeypatch.setattr("attribution.models.registry.fixtures_folder", lambda name: tmp_path)
     missing = tmp_path / "gpt2"
-    monkeypatch.setattr("attribution.model.registry", _registry_of_one(missing))
+    monkeypatch.setattr("attribution.models.loading.registry", _registry_of_one(missing))
     message = _complaint(ModelError, lambda: at.load("bundled:gpt2"))
     assert str(missing) in message
     assert "hub" not in message

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attribution import model as loading
-from attribution import ranking, selection, vectors
+from attribution.engine import ranking, vectors
+from attribution.engine import top_k as selection
+from attribution.models import loading as loading
 
 ROOT = Path(__file__).parents[1]
 # The benchmarks are no part of the package.

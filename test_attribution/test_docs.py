@@ -17,9 +17,11 @@ import pytest
 
 import attribution as at
 from attribution import plugin
-from attribution.families import FAMILIES
-from attribution.options import add_options
-from attribution.prompt_files import load_prompts
+from attribution.models.families import FAMILIES
+from attribution.prompts.prompt_files import load_prompts
+from attribution.pytest_plugin.configuration import CLAIM_MARKERS
+from attribution.pytest_plugin.hookspecs import PluginHooks
+from attribution.pytest_plugin.options import add_options
 
 # Tests are no package: what stands beside them is found for as long as it is imported.
 with pytest.MonkeyPatch.context() as patch:
@@ -231,9 +233,9 @@ def _surface() -> list[str]:
     assert "ATTRIBUTION_MODELS" in variables
     assert "addini(" not in sources, "the plugin has a setting of pytest's ini file: it must be documented too"
     fixtures = [name for name, value in vars(plugin).items() if "FixtureFunction" in type(value).__name__]
-    hooks = [name for name in vars(plugin.PluginHooks) if name.startswith("pytest_")]
+    hooks = [name for name in vars(PluginHooks) if name.startswith("pytest_")]
     names = [name for name in fixtures if not name.startswith("_")]
-    return [*(f"at.{name}" for name in at.__all__), *options, *sorted(variables), *names, *hooks, *plugin.CLAIM_MARKERS]
+    return [*(f"at.{name}" for name in at.__all__), *options, *sorted(variables), *names, *hooks, *CLAIM_MARKERS]
 
 
 @pytest.mark.parametrize("name", _surface())
@@ -254,8 +256,6 @@ WRONG = {
     "unknown environment": ("```sh\ntox -e no_such\n```", "no environment no_such"),
     "unknown program": ("```sh\nno_such\n```", "program no_such"),
     "failing command": ("```sh\npython -m attribution baselines prune no_such\n```", "ended with 1, not 0"),
-    "unknown module of the package": ("```text modules\nno_such -> gate\n```", "no module no_such"),
-    "wrong order": ("```text modules\nstorage -> baselines\n```", "storage imports baselines"),
     "failing Python": ("```python\nraise AssertionError('no such')\n```", "no such"),
 }
 

@@ -29,7 +29,8 @@ def _run(code: str) -> str:
     "modules",
     [
         "attribution",
-        "attribution.errors, attribution.knowledge, attribution.registry, attribution.resources, attribution.records",
+        "attribution.errors, attribution.prompts.knowledge, attribution.models.registry, attribution.resources",
+        "attribution.records",
         "attribution.plugin",
     ],
 )

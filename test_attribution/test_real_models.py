@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from attribution.registry import entry_of
+from attribution.models.registry import entry_of
 
 pytest_plugins = ["pytester"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from attribution.registry import entry_of
+from attribution.models.registry import entry_of
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = ("pytest-cov", "pytest-timeout", "pytest-randomly")

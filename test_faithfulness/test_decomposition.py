@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.claims import Verdict
-from attribution.decomposition import IDENTITIES
-from attribution.suite.instrument import residual_stream_is_the_sum
-from attribution.workbench import Workbench
+from attribution.claims.about_the_engine.instrument import residual_stream_is_the_sum
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Verdict
+from attribution.engine.decomposition import IDENTITIES
 
 pytestmark = pytest.mark.identity
 

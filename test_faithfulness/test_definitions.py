@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.claims import Verdict
+from attribution.claims.about_the_engine import by_hand, known_truths, recounts
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Verdict
 from attribution.records import Unit
-from attribution.suite import by_hand, known_truths, recounts
-from attribution.workbench import Workbench
 
 Check = Callable[[Verdict], None]
 

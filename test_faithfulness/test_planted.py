@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.claims import Verdict
-from attribution.suite import planted
-from attribution.suite.common import BASELINES
-from attribution.suite.plants import KINDS, Kind
-from attribution.workbench import Workbench
+from attribution.claims.about_methods import planted
+from attribution.claims.about_methods.common import BASELINES
+from attribution.claims.about_methods.plants import KINDS, Kind
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Verdict
 
 Check = Callable[[Verdict], None]
 

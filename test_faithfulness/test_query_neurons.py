@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.atlas import ablated
-from attribution.claims import Verdict
-from attribution.exhibits import Exhibit
-from attribution.metrics import METRICS
-from attribution.suite import query_neurons
-from attribution.suite.value_neurons import SEEDS
-from attribution.workbench import Workbench
+from attribution.claims.about_methods import query_neurons
+from attribution.claims.about_methods.value_neurons import SEEDS
+from attribution.claims.about_models import ablated
+from attribution.claims.bench import Workbench
+from attribution.claims.exhibits import Exhibit
+from attribution.claims.judge import Verdict
+from attribution.engine.metrics import METRICS
 
 Check = Callable[[Verdict], None]
 Show = Callable[[Workbench, Callable[[Workbench], Exhibit]], None]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.claims import Verdict
-from attribution.suite import sanity
-from attribution.workbench import Workbench
+from attribution.claims.about_methods import sanity
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Verdict
 
 pytestmark = pytest.mark.sanity
 

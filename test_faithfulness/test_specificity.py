@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.atlas import ablated
-from attribution.claims import Verdict
-from attribution.exhibits import Exhibit
-from attribution.suite import specificity
-from attribution.workbench import Workbench
+from attribution.claims.about_methods import specificity
+from attribution.claims.about_models import ablated
+from attribution.claims.bench import Workbench
+from attribution.claims.exhibits import Exhibit
+from attribution.claims.judge import Verdict
 
 Check = Callable[[Verdict], None]
 Show = Callable[[Workbench, Callable[[Workbench], Exhibit]], None]

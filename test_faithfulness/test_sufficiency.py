@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.claims import Verdict
-from attribution.metrics import METRICS
-from attribution.suite import sufficiency
-from attribution.workbench import Workbench
+from attribution.claims.about_methods import sufficiency
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Verdict
+from attribution.engine.metrics import METRICS
 
 Check = Callable[[Verdict], None]
 

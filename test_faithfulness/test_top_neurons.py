@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.atlas import ablated
-from attribution.claims import Verdict
-from attribution.exhibits import Exhibit
-from attribution.metrics import METRICS
-from attribution.suite import top_neurons
-from attribution.suite.common import BASELINES, OTHER_KINDS, RIVALS
-from attribution.workbench import Workbench
+from attribution.claims.about_methods import top_neurons
+from attribution.claims.about_methods.common import BASELINES, OTHER_KINDS, RIVALS
+from attribution.claims.about_models import ablated
+from attribution.claims.bench import Workbench
+from attribution.claims.exhibits import Exhibit
+from attribution.claims.judge import Verdict
+from attribution.engine.metrics import METRICS
 
 Check = Callable[[Verdict], None]
 Show = Callable[[Workbench, Callable[[Workbench], Exhibit]], None]

@@ -8,8 +8,8 @@ from collections import defaultdict
 import pytest
 
 import attribution as at
-from attribution.knowledge import CATEGORIES
-from attribution.registry import registry
+from attribution.models.registry import registry
+from attribution.prompts.knowledge import CATEGORIES
 
 pytestmark = [pytest.mark.bundled, pytest.mark.knowledge]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.claims import Claim, Verdict, judge
-from attribution.workbench import Workbench
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Claim, Verdict, judge
 
 pytestmark = pytest.mark.knowledge
 

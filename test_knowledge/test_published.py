@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from attribution.claims import Verdict
-from attribution.paper import PAPER_MODELS
-from attribution.published import sections
-from attribution.published.figures import SECTIONS
-from attribution.workbench import Workbench
+from attribution.claims.about_notebooks import sections
+from attribution.claims.about_notebooks.printed import SECTIONS
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Verdict
+from attribution.claims.paper import PAPER_MODELS
 
 pytestmark = [pytest.mark.knowledge, pytest.mark.identity, pytest.mark.about_models(*PAPER_MODELS)]
 

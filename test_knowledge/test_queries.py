@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from attribution.atlas import curves, waking
-from attribution.claims import Verdict
-from attribution.exhibits import Exhibit
-from attribution.workbench import Workbench
+from attribution.claims.about_models import curves, waking
+from attribution.claims.bench import Workbench
+from attribution.claims.exhibits import Exhibit
+from attribution.claims.judge import Verdict
 
 Show = Callable[[Workbench, Callable[[Workbench], Exhibit]], None]
 

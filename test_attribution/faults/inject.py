@@ -85,22 +85,12 @@ def claims() -> dict[str, Claims]:
     Left out are those that do not hold for a bundled model, or need more prompts; what is not supported without a
     fault catches nothing.
     """
-    from attribution.decomposition import IDENTITIES
-    from attribution.knowledge import CATEGORIES
-    from attribution.metrics import METRICS
-    from attribution.suite import (
-        by_hand,
-        instrument,
-        known_truths,
-        planted,
-        query_neurons,
-        recounts,
-        sanity,
-        specificity,
-        top_neurons,
-        value_neurons,
-    )
-    from attribution.suite.common import METHOD
+    from attribution.claims.about_methods import planted, query_neurons, sanity, specificity, top_neurons, value_neurons
+    from attribution.claims.about_methods.common import METHOD
+    from attribution.claims.about_the_engine import by_hand, instrument, known_truths, recounts
+    from attribution.engine.decomposition import IDENTITIES
+    from attribution.engine.metrics import METRICS
+    from attribution.prompts.knowledge import CATEGORIES
 
     known = _module(ROOT / "test_knowledge" / "test_known.py")
 
@@ -230,10 +220,10 @@ def examine(names: Sequence[str]) -> dict[str, str]:
         names: The families of claims to judge if the preflight finds nothing; all of them, whatever is found, if it
             is empty.
     """
-    from attribution.checks import preflight
-    from attribution.knowledge import Knowledge, load_knowledge
-    from attribution.model import load
-    from attribution.workbench import Workbench
+    from attribution.claims.bench import Workbench
+    from attribution.identities.preflight import preflight
+    from attribution.models.loading import load
+    from attribution.prompts.knowledge import Knowledge, load_knowledge
 
     red: dict[str, str] = {}
     models = []
@@ -290,10 +280,10 @@ def _warm() -> None:
         if not parts[-1].startswith("__"):
             import_module(".".join(parts))
     for name, module in list(sys.modules.items()):
-        if name.startswith("attribution.suite.") and hasattr(module, "MIN_PROMPTS"):
+        if name.startswith("attribution.claims.about_methods.") and hasattr(module, "MIN_PROMPTS"):
             module.MIN_PROMPTS = PROMPTS
     for name, sizes in SMALLER.items():
-        module = import_module(f"attribution.suite.{name}")
+        module = import_module(f"attribution.claims.about_methods.{name}")
         for size, value in sizes.items():
             assert hasattr(module, size)
             setattr(module, size, value)

@@ -1,0 +1,212 @@
+"""The best neurons are enough: with all others at their mean, they keep more of the answer than random ones do.
+
+A method gives an order of neurons, and its first ones are kept until they fill a share of what can be ablated: FFN
+neurons, and dimensions of heads. As wherever attention neurons are ablated, one of any source position stands for its
+dimension, so a dimension is kept as soon as the first of its neurons is. Their scores are not added up: not every score
+can be, and a sum would need all of them where the first ones need a few.
+
+The others are set to their mean at every position, not to zero: a model without nineteen of twenty coefficients is far
+from anything it was trained on, and one whose coefficients are ordinary but say nothing about the prompt is closer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from attribution.claims.about_methods.common import METRIC_NAMES, STEPS, not_applicable
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Claim, Verdict
+from attribution.engine.ablation import Means, reference_of
+from attribution.engine.batching import batches_of
+from attribution.engine.importance import Candidates
+from attribution.engine.methods import METHODS, Method, method_named
+from attribution.engine.metrics import by_metric, measure_each
+from attribution.engine.questions import Question
+from attribution.engine.ranking import all_candidates
+from attribution.engine.top_k import top_k
+from attribution.engine.trace import Edits, rerun
+from attribution.records import Unit
+
+__all__ = [
+    "KEPT_METRICS",
+    "PROMPTS",
+    "SHARES",
+    "first_vectors",
+    "top_neurons_keep_more_than_random_ones",
+    "top_neurons_keep_more_than_their_share",
+]
+
+SHARES = (0.05, 0.10, 0.20, 0.50)
+"""Shares of the FFN neurons, and of the dimensions of heads, that are kept."""
+
+KEPT_METRICS = ("mrr", "prob")
+
+PROMPTS = 50
+"""Half of all neurons have to be ranked, which takes many times longer than finding the first few hundred."""
+
+_UNITS: tuple[Unit, ...] = ("attention", "ffn")
+_UNIT_NAMES = {"attention": "dimensions of heads", "ffn": "FFN neurons"}
+# Neurons of a dimension rank apart: about so many have to be ranked for one dimension, found by doubling where not.
+_RANKED = 4
+
+
+def first_vectors(candidates: Candidates, method: Method, number: int) -> list[int]:
+    """Return the vectors of a method's first neurons, each once, in the order in which they come up.
+
+    Args:
+        candidates: All neurons of a unit for one prompt.
+        method: The method.
+        number: How many vectors; all when there are fewer.
+
+    Returns:
+        Places of the vectors among those of all layers.
+    """
+    vectors = candidates.table.offsets[candidates.slot] + candidates.row
+    each_neuron = len(candidates) == _vectors(candidates)
+    k = min(len(candidates), number if each_neuron else _RANKED * number)
+    while True:
+        found = list(dict.fromkeys(vectors[top_k(candidates, method, k).best].tolist()))
+        if len(found) >= number or k == len(candidates):
+            return found[:number]
+        k = min(len(candidates), 2 * k)
+
+
+def _vectors(candidates: Candidates) -> int:
+    return sum(candidates.table.sizes)
+
+
+def _kept(
+    found: Sequence[dict[Unit, Candidates]],
+    questions: Sequence[Question],
+    units: Sequence[Unit],
+    method: str,
+    seed: int,
+) -> dict[Unit, Tensor]:
+    """Return what each variant keeps: per prompt the method's shares, then random ones of the same sizes.
+
+    Returns:
+        Unit to (prompts * 2 * shares, vectors).
+    """
+    kept: dict[Unit, Tensor] = {}
+    for unit in units:
+        scorer, total = method_named(method, unit), _vectors(found[0][unit])
+        numbers = [round(share * total) for share in SHARES]
+        kept[unit] = torch.zeros(len(found), 2, len(SHARES), total, dtype=torch.bool)
+        for row, (candidates, question) in enumerate(zip(found, questions, strict=True)):
+            rng = np.random.default_rng([question.seed(seed), _UNITS.index(unit)])
+            orders = (first_vectors(candidates[unit], scorer, max(numbers)), rng.permutation(total).tolist())
+            for arm, order in enumerate(orders):
+                for place, number in enumerate(numbers):
+                    kept[unit][row, arm, place, order[:number]] = True
+    return {unit: each.flatten(0, 2) for unit, each in kept.items()}
+
+
+def _all_but(kept: dict[Unit, Tensor], means: Means, layers: int) -> Edits:
+    """Return the edits that set every coefficient which is not kept to its mean."""
+    edits = {}
+    for unit, values in (("ffn", means.coefficients), ("attention", means.mixed_values)):
+        if unit in kept:
+            lost = ~kept[unit].unflatten(1, (layers, -1)).to(values.device)
+            edits[unit] = {layer: (lost[:, layer, None], values[layer]) for layer in range(layers)}
+    return Edits(coefficients=edits.get("ffn", {}), mixed_values=edits.get("attention", {}))
+
+
+def _left(bench: Workbench, method: str, units: Sequence[Unit]) -> dict[str, npt.NDArray[np.float64]]:
+    """Return what is left of each metric, (prompts, 2, shares): the method's neurons kept, and random ones."""
+    questions = [bench.questions[place] for place in bench.part(PROMPTS)]
+    shape = (len(questions), 2, len(SHARES))
+    left = {metric: np.zeros(shape) for metric in METRIC_NAMES}
+    if not questions:
+        return left
+    means = reference_of(bench.model, "mean", [question.ids for question in bench.questions])
+    assert isinstance(means, Means)
+    wanted = {unit: [method_named(method, unit)] for unit in units}
+    each = 2 * len(SHARES)
+    for rows, batch in batches_of(bench.model, questions, variants=each):
+        part = [questions[row] for row in rows]
+        found = all_candidates(bench.model, part, batch, wanted, seed=bench.seed, steps=STEPS)
+        kept = _kept(found, part, units, method, bench.seed)
+        repeated = torch.arange(len(rows), device=batch.ids.device).repeat_interleave(each)
+        edits = _all_but(kept, means, bench.model.anatomy.layers)
+        logits = rerun(bench.model, batch.repeat_rows(repeated), edits)
+        answers = [question.answer_id for question in part for _ in range(each)]
+        for metric, values in by_metric(measure_each(logits, answers)).items():
+            left[metric][rows] = values.reshape(len(rows), *shape[1:])
+    return left
+
+
+def _measured(bench: Workbench, method: str, units: Sequence[Unit]) -> dict[str, npt.NDArray[np.float64]]:
+    return bench.once(("sufficiency", method), lambda: _left(bench, method, units))
+
+
+def _units(method: str) -> tuple[Unit, ...]:
+    """Return the units that are ablated, of those that a method scores; the others stay whole."""
+    return tuple(unit for unit in _UNITS if unit in METHODS[method].units)
+
+
+def _percent() -> str:
+    *first, last = (f"{share * 100:g}" for share in SHARES)
+    return f"{', '.join(first)} and {last}%"
+
+
+def _named(units: Sequence[Unit]) -> str:
+    return " and of ".join(_UNIT_NAMES[unit] for unit in units)
+
+
+def top_neurons_keep_more_than_random_ones(bench: Workbench, method: str, metric: str) -> Verdict:
+    """Judge that keeping a method's top neurons keeps more of the answer than keeping as many random ones."""
+    units = _units(method)
+    claim = Claim(
+        id=f"sufficient, kept vs random: {metric}",
+        sentence=f"with all {_named(units)} at their mean but the top {_percent()} by {method}, more of {metric} is "
+        "left than with as many random ones kept",
+        source="ours",
+        effect=f"{METRIC_NAMES[metric]} left by the method's minus that left by random ones, averaged over the shares",
+        test="above",
+        threshold=0,
+        family="sufficiency",
+        control="the same prompts with as many random ones kept",
+        min_prompts=PROMPTS,
+        method=method,
+        comparisons=len(METRIC_NAMES),
+    )
+    if not units:
+        return not_applicable(bench, claim, "the method does not score neurons")
+    kept, random = _measured(bench, method, units)[metric].mean(-1).T
+    return bench.judge(claim, kept - random, places=bench.part(PROMPTS), seed=bench.seed)
+
+
+def top_neurons_keep_more_than_their_share(bench: Workbench, method: str, metric: str) -> Verdict:
+    """Report the whole curve: what each share of the neurons keeps, by the method and at random."""
+    units = _units(method)
+    claim = Claim(
+        id=f"sufficient, kept share: {metric}",
+        sentence=f"with all {_named(units)} at their mean but the top {_percent()} by {method}, a larger share of "
+        f"{metric} is left than of neurons",
+        source="ours",
+        effect=f"mean {metric} left, averaged over the shares, as a share of its start",
+        test="above",
+        threshold=sum(SHARES) / len(SHARES),
+        control="as many random ones kept, in the note",
+        min_prompts=PROMPTS,
+        method=method,
+        comparisons=len(KEPT_METRICS),
+        extremes="left",
+        asserted=False,
+    )
+    if not units:
+        return not_applicable(bench, claim, "the method does not score neurons")
+    places = bench.part(PROMPTS)
+    before = bench.before[metric][places]
+    left = _measured(bench, method, units)[metric]
+    # A share of the mean, not a mean of shares: the judge divides sums.
+    curve = left.sum(0) / before.sum() if places else np.zeros(left.shape[1:])
+    note = "kept, at random: " + "; ".join(
+        f"{share:.0%} of neurons {own:.2f}, {drawn:.2f}" for share, own, drawn in zip(SHARES, *curve, strict=True)
+    )
+    return bench.judge(claim, left[:, 0].mean(-1), baselines=before, places=places, seed=bench.seed, note=note)

@@ -1,0 +1,120 @@
+"""Curves: the answer's probability on the straight way from the embedding to the final state (Figures 3 and 10).
+
+The state at segment S is h^{-1} + S (h^{L-1} - h^{-1}) / 60, for S from 0 to 60, under the scale that is frozen for
+the prompt, so that bs is linear in S.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from attribution.claims.about_models.survey import claim_about, survey
+from attribution.claims.bench import Workbench
+from attribution.claims.exhibits import Exhibit
+from attribution.claims.judge import Verdict
+from attribution.engine.batching import batches_of
+from attribution.engine.projection import before_softmax, frozen_scale
+from attribution.engine.trace import read_activations
+
+__all__ = ["PIECES", "curve", "curve_is_straight", "straightness"]
+
+Piece = Literal["logp", "prob"]
+PIECES: tuple[Piece, ...] = ("logp", "prob")
+
+_SEGMENTS = 60
+# Where the paper sees each of the two as a line: first and last segment.
+_STRAIGHT = {"logp": (0, 40), "prob": (40, 60)}
+_NAMES = {"logp": "log-probability", "prob": "probability"}
+# Nine tenths of the variance.
+_FLOOR = 0.9
+
+
+def _log_probs(bench: Workbench) -> npt.NDArray[np.float64]:
+    """Return the answer's log-probability at every segment, in nats, (n, 61), on the survey's prompts."""
+
+    def measured() -> npt.NDArray[np.float64]:
+        questions = [bench.questions[place] for place in survey(bench).places]
+        readout, curves = bench.model.anatomy.readout, np.zeros((len(questions), _SEGMENTS + 1))
+        way = torch.linspace(0, 1, _SEGMENTS + 1, dtype=torch.float64, device=bench.model.device)[:, None]
+        for rows, batch in batches_of(bench.model, questions):
+            activations = read_activations(bench.model, batch, logits=False)
+            starts, ends = activations.resid_pre[0].double(), activations.resid_final.double()
+            for row, start, end in zip(rows, starts, ends, strict=True):
+                first, last = before_softmax(torch.stack([start, end]), frozen_scale(end, readout.norm), readout)
+                log_probs = (first + way * (last - first)).log_softmax(-1)
+                curves[row] = log_probs[:, questions[row].answer_id].cpu().numpy()
+        return curves
+
+    return bench.once(("curves",), measured)
+
+
+def straightness(curves: npt.NDArray[np.float64], first: int, last: int) -> npt.NDArray[np.float64]:
+    """Return R^2 of the least-squares line through each curve from one segment to another, (n,), 0 to 1.
+
+    A curve that does not move is a line: 1.
+
+    Args:
+        curves: (n, segments).
+        first: First segment.
+        last: Last segment, included.
+    """
+    part = curves[:, first : last + 1]
+    centred = part - part.mean(1, keepdims=True)
+    way = np.arange(part.shape[1]) - (part.shape[1] - 1) / 2
+    explained = (centred @ way) ** 2 / (way @ way)
+    moved = (centred**2).sum(1)
+    flat = moved <= np.finfo(np.float64).eps * part.shape[1] * np.abs(part).max(1, initial=0) ** 2
+    return np.where(flat, 1.0, np.clip(explained / np.where(flat, 1.0, moved), 0, 1))
+
+
+def _of(bench: Workbench, piece: Piece) -> npt.NDArray[np.float64]:
+    return _log_probs(bench) if piece == "logp" else np.exp(_log_probs(bench))
+
+
+def curve_is_straight(bench: Workbench, piece: Piece) -> Verdict:
+    """Judge that log p is nearly a line over segments 0 to 40, or p over 40 to 60 (Figures 3 and 10)."""
+    first, last = _STRAIGHT[piece]
+    other: Piece = "prob" if piece == "logp" else "logp"
+    here = straightness(_of(bench, piece), first, last)
+    claim = claim_about(
+        bench,
+        "curves",
+        id=f"{piece} is a line from segment {first} to {last}",
+        sentence=f"on the way from the embedding to the final state the answer's {_NAMES[piece]} is nearly a line from "
+        f"segment {first} to {last} of {_SEGMENTS}",
+        source="Figures 3 and 10",
+        effect="mean R^2 of a line through each prompt's curve there",
+        threshold=_FLOOR,
+        control=f"the {_NAMES[other]} over the same segments",
+        comparisons=len(PIECES),
+        extremes="share",
+    )
+    note = ""
+    if len(here):
+        elsewhere = straightness(_of(bench, other), first, last).mean()
+        note = f"{other} there: {elsewhere:.2f}"
+    return bench.judge(claim, here, places=survey(bench).places, note=note)
+
+
+def curve(bench: Workbench) -> Exhibit:
+    """Return Figures 3 and 10: the mean log-probability and probability of the answer at every segment."""
+    curves = _log_probs(bench)
+    empty = np.full(_SEGMENTS + 1, np.nan)
+    frame = pd.DataFrame(
+        {
+            "segment": np.arange(_SEGMENTS + 1),
+            "logp": curves.mean(0) if len(curves) else empty,
+            "prob": np.exp(curves).mean(0) if len(curves) else empty,
+        }
+    )
+    half = int((frame["prob"] < frame["prob"].iloc[-1] / 2).sum())
+    seen = (
+        f"The mean log-probability rises from {frame['logp'].iloc[0]:.2f} to {frame['logp'].iloc[-1]:.2f} nats; the "
+        f"mean probability passes half of its end at segment {half} of {_SEGMENTS}."
+    )
+    return Exhibit.of_frame("figure_3", bench.model.name, frame, seen=seen, prompts=len(curves))

@@ -1,0 +1,233 @@
+"""What the claims about models have in common: some prompts of each category, every part of the model scored once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from tqdm import tqdm
+
+from attribution.claims.about_methods.common import METHOD
+from attribution.claims.about_methods.query_neurons import query_budget
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Claim, Extremes
+from attribution.engine.queries import QueryRanking, query
+from attribution.engine.questions import question_of
+from attribution.engine.ranking import Ranking, ranked
+from attribution.models.registry import KNOWLEDGE_FAMILIES
+from attribution.records import Component, Head, Layer, Unit
+
+__all__ = ["PER_CATEGORY", "Survey", "claim_about", "depth", "survey", "survey_of"]
+
+PER_CATEGORY = 50
+"""Prompts of each category that are surveyed; more would narrow the intervals, not change what is seen."""
+
+_MIN_OF_CATEGORY = 20
+_MIN_POOLED = 100
+# The paper's numbers of value neurons of each kind, and of those that are looked at for sharing.
+_VALUE_NUMBERS: dict[Unit, int] = {"ffn": 100, "attention": 200}
+_SHARED_OF = 300
+_LARGEST_SHARE = 0.05
+_TOP_LAYERS = 10
+# Prompts between two steps of the progress bar.
+_AT_ONCE = 60
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Some known prompts of each category, with what attribution says of them.
+
+    Attributes:
+        bench: The model with its prompts.
+        places: Which of the bench's prompts, in order.
+    """
+
+    bench: Workbench
+    places: list[int]
+
+    @cached_property
+    def categories(self) -> npt.NDArray[np.str_]:
+        """The category of each prompt, (n,)."""
+        return np.array([self.bench.prompts[place].category for place in self.places], dtype=str)
+
+    def of(self, category: str) -> npt.NDArray[np.intp]:
+        """Return the rows of a category."""
+        return np.flatnonzero(self.categories == category)
+
+    @property
+    def named(self) -> list[str]:
+        """The categories, in the order of the prompts."""
+        return list(dict.fromkeys(self.categories.tolist()))
+
+    @cached_property
+    def layers(self) -> npt.NDArray[np.float64]:
+        """Importance of each layer, in nats, (n, 2 * layers): attention and FFN of each block in turn."""
+        return self._scores("layer")
+
+    @cached_property
+    def layers_for_other_answers(self) -> npt.NDArray[np.float64]:
+        """The same for the answer of another fact of the category, which the prompt does not ask for."""
+        swapped = {prompt.text: prompt.answer for prompt in self.bench.swapped}
+        return self._scores("layer", [swapped[self.bench.prompts[place].text] for place in self.places])
+
+    @cached_property
+    def heads(self) -> npt.NDArray[np.float64]:
+        """Importance of each head, in nats, (n, layers * heads)."""
+        return self._scores("head")
+
+    def _scores(self, unit: Unit, answers: list[str] | None = None) -> npt.NDArray[np.float64]:
+        found = np.zeros((len(self.places), len(self.records(unit))))
+        column = {record: number for number, record in enumerate(self.records(unit))}
+        for row, ranking in enumerate(self.rank(unit, None, answers=answers)):
+            found[row, [column[record] for record in ranking.neurons]] = ranking.scores.numpy()
+        return found
+
+    def records(self, unit: Unit) -> list[Component]:
+        """Return every layer or head, in the order of the columns above."""
+        anatomy = self.bench.model.anatomy
+        if unit == "layer":
+            return [Layer(layer, kind) for layer in range(anatomy.layers) for kind in ("attention", "ffn")]
+        return [Head(layer, head) for layer in range(anatomy.layers) for head in range(anatomy.heads)]
+
+    def best(
+        self, scores: npt.NDArray[np.float64], unit: Literal["layer", "head"], column: str, number: int = 10
+    ) -> pd.DataFrame:
+        """Return each category's parts of the largest mean score: columns category, rank, the unit, and ``column``.
+
+        Args:
+            scores: One for each prompt and layer or head, (n, parts).
+            unit: What the columns of ``scores`` are, in the order of :meth:`records`.
+            column: What the scores are.
+            number: How many of each category.
+        """
+        rows = []
+        for category in self.named:
+            means = scores[self.of(category)].mean(0)
+            for rank, place in enumerate(np.argsort(-means, kind="stable")[:number].tolist(), start=1):
+                rows.append((category, rank, str(self.records(unit)[place]), means[place]))
+        return pd.DataFrame(rows, columns=["category", "rank", unit, column])
+
+    def rank(
+        self, unit: Unit, k: int | None, *, method: str = METHOD, answers: list[str] | None = None
+    ) -> list[Ranking]:
+        """Rank a unit on every prompt, for other answers if some are given; without first-order terms."""
+        if k is not None and answers is None:
+            return self.bench.rankings(method, unit, k, places=self.places)
+        model, found = self.bench.model, list[Ranking]()
+        texts = [self.bench.prompts[place].text for place in self.places]
+        questions = [self.bench.questions[place] for place in self.places]
+        if answers is not None:
+            questions = [question_of(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
+        what = f"{model.name} {unit} {method}"
+        with tqdm(total=len(texts), desc=what, unit="prompt", disable=not self.bench.progress) as bar:
+            for start in range(0, len(texts), _AT_ONCE):
+                part = slice(start, start + _AT_ONCE)
+                found += ranked(model, questions[part], unit, method, k)
+                bar.update(len(texts[part]))
+        return found
+
+    def value_neurons(self, unit: Unit) -> int:
+        """How many of a unit's neurons are its value neurons: the paper's number, or all of a smaller model."""
+        anatomy = self.bench.model.anatomy
+        each = anatomy.ffn_neurons if unit == "ffn" else anatomy.heads * anatomy.head_dim
+        return min(_VALUE_NUMBERS[unit], anatomy.layers * each)
+
+    @property
+    def shared_of(self) -> int:
+        """Among how many top FFN neurons shared ones are looked for: the paper's 300, or 5% of a smaller model's."""
+        anatomy = self.bench.model.anatomy
+        return max(1, min(_SHARED_OF, int(_LARGEST_SHARE * anatomy.layers * anatomy.ffn_neurons)))
+
+    @property
+    def top_layers(self) -> int:
+        """How many layers are the top ones: the paper's 10, or a quarter of a smaller model's."""
+        return max(1, min(_TOP_LAYERS, self.bench.model.anatomy.layers // 2))
+
+    @cached_property
+    def ffn(self) -> list[Ranking]:
+        """The top FFN neurons of each prompt: as many as any claim looks at."""
+        return self.rank("ffn", max(self.value_neurons("ffn"), self.shared_of, query_budget(self.bench)))
+
+    @cached_property
+    def queries(self) -> list[QueryRanking]:
+        """What wakes each prompt's value neurons, by layer and by FFN neuron."""
+        prompts = [self.bench.prompts[place] for place in self.places]
+        number = max(self.shared_of, query_budget(self.bench))
+        value_neurons = [self.rank(unit, self.value_neurons(unit)) for unit in _VALUE_NUMBERS]
+        rankings = list(zip(*value_neurons, strict=True))
+        return query(self.bench.model, prompts, value_neurons=rankings, k=number) if prompts else []
+
+
+def survey_of(bench: Workbench, per_category: int) -> Survey:
+    """Return a survey of at most so many prompts of each category, drawn by hash."""
+    order = {place: number for number, place in enumerate(bench.drawn())}
+    places: list[int] = []
+    for category in dict.fromkeys(prompt.category for prompt in bench.prompts):
+        own = [place for place, prompt in enumerate(bench.prompts) if prompt.category == category]
+        places += sorted(sorted(own, key=lambda place: order[place])[:per_category])
+    return Survey(bench, places)
+
+
+def survey(bench: Workbench) -> Survey:
+    """Return the survey of a model, made once."""
+    return bench.once(("survey",), lambda: survey_of(bench, PER_CATEGORY))
+
+
+def depth(bench: Workbench, layers: Sequence[int] | npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+    """Return how deep layers lie: 0 for the first, 1 for the last."""
+    return np.asarray(layers, dtype=np.float64) / max(1, bench.model.anatomy.layers - 1)
+
+
+def claim_about(
+    bench: Workbench,
+    family: str,
+    *,
+    id: str,
+    sentence: str,
+    source: str,
+    effect: str,
+    control: str,
+    threshold: float = 0.0,
+    category: str = "",
+    comparisons: int = 1,
+    min_prompts: int | None = None,
+    extremes: Extremes = "seen",
+) -> Claim:
+    """Return a claim about a model; the registry says which families of them are asserted for it.
+
+    It does not belong to a baseline: that compares methods.
+
+    Args:
+        bench: The model with its prompts.
+        family: One of :data:`attribution.models.registry.KNOWLEDGE_FAMILIES`.
+        id: See :class:`Claim`, as for the others.
+        sentence: What is claimed.
+        source: Table or figure.
+        effect: What the effect is.
+        control: What shows that it could have failed.
+        threshold: What the effect has to exceed.
+        category: The category that it is about; several are judged together.
+        comparisons: How many claims are judged together, in each category.
+        min_prompts: Fewer decide nothing; 20 of a category, or 100 of all, when ``None``.
+        extremes: See :class:`Claim`.
+    """
+    assert family in KNOWLEDGE_FAMILIES, family
+    return Claim(
+        id=f"{id}: {category}" if category else id,
+        sentence=sentence,
+        source=source,
+        effect=effect,
+        test="above",
+        threshold=threshold,
+        control=control,
+        min_prompts=min_prompts or (_MIN_OF_CATEGORY if category else _MIN_POOLED),
+        comparisons=comparisons * (len(bench.knowledge.words) if category else 1),
+        extremes=extremes,
+        family=family,
+        gated=False,
+    )

@@ -1,0 +1,132 @@
+"""The query side: which layers wake value neurons, and where query neurons lie (Tables 6 and 14, Figure 8)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from attribution.claims.about_methods.query_neurons import query_budget
+from attribution.claims.about_models.survey import Survey, claim_about, depth, survey
+from attribution.claims.bench import Workbench
+from attribution.claims.exhibits import Exhibit
+from attribution.claims.judge import Verdict
+from attribution.records import Sublayer
+
+__all__ = [
+    "attention_value_neurons_are_woken_below_ffn_ones",
+    "query_and_value_neurons",
+    "query_layers_of_attention_neurons",
+    "query_layers_of_ffn_neurons",
+    "query_only_neurons_lie_shallower",
+]
+
+_TABLES = {"ffn": "table_6", "attention": "table_14"}
+
+
+def _shares(found: Survey, kind: Sublayer) -> npt.NDArray[np.float64]:
+    """Return each layer's part in waking a prompt's value neurons of a kind, (n, 2 * layers); all parts add to 1.
+
+    The embedding and the biases have parts as well, which are not among the columns.
+    """
+    layers = found.bench.model.anatomy.layers
+    shares = np.zeros((len(found.places), 2 * layers))
+    for row, ranking in enumerate(found.queries):
+        own = ranking.layers[ranking.layers["value_unit"] == kind]
+        total = own["query_score"].sum()
+        named = own[own["component"].isin(["attention", "ffn"])]
+        columns = 2 * named["layer"].to_numpy(dtype=int) + (named["component"] == "ffn").to_numpy(dtype=int)
+        shares[row, columns] = named["query_score"].to_numpy(dtype=float) / total if total else 0
+    return shares
+
+
+def attention_value_neurons_are_woken_below_ffn_ones(bench: Workbench) -> Verdict:
+    """Judge that the layers which wake attention value neurons lie below those which wake FFN ones (Tables 6, 14)."""
+    found = survey(bench)
+    number = found.top_layers
+    depths = {}
+    for kind in ("attention", "ffn"):
+        best = np.argsort(-_shares(found, kind), axis=1, kind="stable")[:, :number] // 2
+        depths[kind] = depth(bench, best).mean(1)
+    claim = claim_about(
+        bench,
+        "query layers",
+        id="attention value neurons are woken from below",
+        sentence=f"the {number} layers with the largest part in waking attention value neurons lie below those for FFN "
+        "value neurons",
+        source="Tables 6 and 14",
+        effect="mean depth of the query layers of FFN value neurons minus that for attention ones, 0 to 1",
+        control="the query layers of the same prompts' FFN value neurons",
+    )
+    note = f"{depths['attention'].mean():.2f} against {depths['ffn'].mean():.2f}" if len(found.places) else ""
+    return bench.judge(claim, depths["ffn"] - depths["attention"], places=found.places, note=note)
+
+
+def query_layers_of_ffn_neurons(bench: Workbench) -> Exhibit:
+    """Return Table 6: the ten layers with the largest mean part in waking FFN value neurons, by category."""
+    return _query_layers(bench, "ffn")
+
+
+def query_layers_of_attention_neurons(bench: Workbench) -> Exhibit:
+    """Return Table 14: the ten layers with the largest mean part in waking attention value neurons, by category."""
+    return _query_layers(bench, "attention")
+
+
+def _query_layers(bench: Workbench, kind: Sublayer) -> Exhibit:
+    found = survey(bench)
+    frame = found.best(_shares(found, kind), "layer", "share")
+    top = frame[frame["rank"] <= 3]["layer"].value_counts()
+    often = ", ".join(f"{name} ({count})" for name, count in top.head(4).items())
+    seen = f"Most often among the first three of the {len(found.named)} categories: {often}."
+    return Exhibit.of_frame(_TABLES[kind], bench.model.name, frame, seen=seen, prompts=len(found.places))
+
+
+def _split(found: Survey) -> tuple[npt.NDArray[np.int_], npt.NDArray[np.int_]]:
+    """Return how many query neurons lie in each layer, (n, layers): those that are no value neurons, and the others."""
+    number, layers = query_budget(found.bench), found.bench.model.anatomy.layers
+    only, both = (np.zeros((len(found.places), layers), dtype=int) for _ in range(2))
+    for row, (value, woken_by) in enumerate(zip(found.ffn, found.queries, strict=True)):
+        values = set(value.neurons[:number])
+        for neuron in woken_by.neurons[:number]:
+            (both if neuron in values else only)[row, neuron.layer] += 1
+    return only, both
+
+
+def query_only_neurons_lie_shallower(bench: Workbench) -> Verdict:
+    """Judge that query neurons which are no value neurons lie below those which are (Figure 8)."""
+    found = survey(bench)
+    only, both = _split(found)
+    rows = np.flatnonzero((only.sum(1) > 0) & (both.sum(1) > 0))
+    scale = depth(bench, np.arange(bench.model.anatomy.layers))
+    depths = [counts[rows] @ scale / counts[rows].sum(1) for counts in (only, both)]
+    number = query_budget(bench)
+    claim = claim_about(
+        bench,
+        "query neurons",
+        id="query-only neurons lie shallower",
+        sentence=f"of the top {number} query neurons, those that are not among the top {number} value neurons lie "
+        "below those that are",
+        source="Figure 8",
+        effect="mean depth of query neurons that are value neurons too, minus that of the others, 0 to 1",
+        control="the query neurons of the same prompts that are value neurons too",
+    )
+    note = f"{depths[0].mean():.2f} against {depths[1].mean():.2f}" if len(rows) else ""
+    return bench.judge(claim, depths[1] - depths[0], places=[found.places[row] for row in rows], note=note)
+
+
+def query_and_value_neurons(bench: Workbench) -> Exhibit:
+    """Return Figure 8: how many query neurons lie in each layer, value neurons too or not, per prompt."""
+    found = survey(bench)
+    only, both = _split(found)
+    frame = pd.DataFrame(
+        {
+            "layer": np.arange(only.shape[1]),
+            "query_only": only.mean(0) if len(only) else np.zeros(only.shape[1]),
+            "query_value": both.mean(0) if len(both) else np.zeros(both.shape[1]),
+        }
+    )
+    seen = (
+        f"Of a prompt's top {query_budget(bench)} query neurons {frame['query_value'].sum():.1f} are among its top "
+        "value neurons too."
+    )
+    return Exhibit.of_frame("figure_8", bench.model.name, frame, seen=seen, prompts=len(found.places))

@@ -1,0 +1,205 @@
+"""Vocabulary space: which words the top neurons raise (Table 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from attribution.claims.about_methods.common import METHOD, STEPS
+from attribution.claims.about_models.survey import Survey, claim_about, survey
+from attribution.claims.bench import Workbench
+from attribution.claims.exhibits import Exhibit
+from attribution.claims.judge import Verdict
+from attribution.engine.batching import batches_of
+from attribution.engine.importance import Candidates
+from attribution.engine.methods import method_named
+from attribution.engine.questions import Question
+from attribution.engine.ranking import all_candidates
+from attribution.engine.top_k import top_k
+from attribution.engine.vectors import table_of
+from attribution.experiments.selection_rule import one_token_words
+from attribution.records import Component, FFNNeuron, Sublayer
+
+__all__ = ["interpretable_neurons", "neurons_raise_words_of_their_category"]
+
+_NEURONS = 10
+_TOKENS = 10
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """One neuron on one prompt, with the tokens whose logits it raises most by what it writes there.
+
+    Attributes:
+        neuron: The neuron.
+        score: Its importance, in nats.
+        positive: Whether its coefficient is. A neuron with a negative one raises what its vector lowers.
+        tokens: The tokens, most first.
+        hits: How many of them are words of the prompt's category; its own answer is not counted.
+    """
+
+    neuron: Component
+    score: float
+    positive: bool
+    tokens: tuple[int, ...]
+    hits: int
+
+
+@dataclass(frozen=True)
+class _OfPrompt:
+    """The top neurons of a prompt, and as many others of the same layers."""
+
+    top: list[_Raised]
+    others: list[_Raised]
+
+
+def _word_ids(bench: Workbench) -> dict[str, Tensor]:
+    """Return the tokens of each category's words, of those that are one token."""
+    return {
+        category: torch.tensor(
+            sorted(set(one_token_words(bench.model, words).values())), dtype=torch.long, device=bench.model.device
+        )
+        for category, words in bench.knowledge.words.items()
+    }
+
+
+def _raised(candidates: Candidates, index: Tensor, words: Tensor) -> list[_Raised]:
+    part = candidates.take(index)
+    tokens = part.update.topk(_TOKENS).indices
+    hits = (torch.isin(tokens, words) & (tokens != candidates.answer)).sum(-1)
+    scores = method_named(METHOD, candidates.table.unit).score(part)
+    columns = (part.coefficient > 0, scores, tokens, hits)
+    rows = zip(candidates.records(index), *(each.tolist() for each in columns), strict=True)
+    return [_Raised(neuron, score, positive, tuple(top), hit) for neuron, positive, score, top, hit in rows]
+
+
+def _others(candidates: Candidates, index: Tensor, question: Question, seed: int) -> Tensor:
+    """Draw as many other candidates, each from the layer of one of these."""
+    rng = np.random.default_rng(question.seed(seed))
+    slots, taken = candidates.slot.cpu().numpy(), set(index.tolist())
+    drawn: list[int] = []
+    for slot in slots[index.cpu().numpy()].tolist():
+        first, last = np.searchsorted(slots, [slot, slot + 1])
+        free: list[int] = rng.permutation(np.arange(first, last))[: len(index) + len(drawn) + 1].tolist()
+        place = next((each for each in free if each not in taken), free[0])
+        taken.add(place)
+        drawn.append(place)
+    return torch.tensor(drawn, dtype=torch.long, device=index.device)
+
+
+def _measured(bench: Workbench, kind: Sublayer) -> tuple[Survey, list[_OfPrompt]]:
+    """Return the top neurons of every prompt of the survey, and others, with what they raise; measured once."""
+
+    def measured() -> tuple[Survey, list[_OfPrompt]]:
+        found, words, method = survey(bench), _word_ids(bench), method_named(METHOD, kind)
+        questions = [bench.questions[place] for place in found.places]
+        of_prompt: dict[int, _OfPrompt] = {}
+        for rows, batch in batches_of(bench.model, questions):
+            part = [questions[row] for row in rows]
+            each = all_candidates(bench.model, part, batch, {kind: [method]}, seed=bench.seed, steps=STEPS)
+            for row, by_unit in zip(rows, each, strict=True):
+                candidates, own = by_unit[kind], words[found.categories[row]]
+                best = top_k(candidates, method, min(_NEURONS, len(candidates))).best
+                others = _others(candidates, best, questions[row], bench.seed)
+                of_prompt[row] = _OfPrompt(_raised(candidates, best, own), _raised(candidates, others, own))
+        return found, [of_prompt[row] for row in range(len(questions))]
+
+    return bench.once(("words", kind), measured)
+
+
+def neurons_raise_words_of_their_category(bench: Workbench, category: str, kind: Sublayer) -> Verdict:
+    """Judge that the tokens which value neurons raise are words of the category more often than random ones' are."""
+    found, of_prompt = _measured(bench, kind)
+    rows = found.of(category)
+    shares = {
+        name: np.array(
+            [np.mean([each.hits / _TOKENS for each in getattr(of_prompt[row], name)]) for row in rows], dtype=np.float64
+        )
+        for name in ("top", "others")
+    }
+    claim = claim_about(
+        bench,
+        "words",
+        id=f"{kind} value neurons raise words of their category",
+        sentence=f"of the {_TOKENS} tokens that a top {kind} neuron of a {category} prompt raises most, more are other "
+        "words of the category than of those that random neurons raise",
+        source="Table 9",
+        effect="share of words of the category, without the answer itself, minus that of random neurons' tokens",
+        control="as many random neurons of the same layers, by the sign of their coefficient as well",
+        category=category,
+        comparisons=2,
+    )
+    note = f"{shares['top'].mean():.1%} against {shares['others'].mean():.1%}" if len(rows) else ""
+    return bench.judge(claim, shares["top"] - shares["others"], places=[found.places[row] for row in rows], note=note)
+
+
+def interpretable_neurons(bench: Workbench) -> Exhibit:
+    """Return Table 9: what the neurons that matter to most prompts of a category raise, beside random ones."""
+    words, tokenizer = _word_ids(bench), bench.model.tokenizer
+    rows: list[dict[str, object]] = []
+
+    def add(category: str, role: str, neuron: str, score: float | None, sign: str, tokens: Sequence[int]) -> None:
+        rows.append(
+            {
+                "category": category,
+                "role": role,
+                "neuron": neuron,
+                "score": score,
+                "sign": sign,
+                "tokens": " · ".join(tokenizer.decode([token]).strip() for token in tokens),
+                "hits": int(torch.isin(torch.tensor(tokens), words[category].cpu()).sum()),
+            }
+        )
+
+    found = survey(bench)
+    kinds: tuple[Sublayer, ...] = ("ffn", "attention")
+    for category in found.named:
+        for kind in kinds:
+            _, of_prompt = _measured(bench, kind)
+            own = [of_prompt[row] for row in found.of(category)]
+            for role, name in (("value", "top"), ("random", "others")):
+                every = [each for prompt in own for each in getattr(prompt, name)]
+                for neuron, raised in _most_frequent(every)[: _SHOWN if role == "value" else 1]:
+                    score = float(np.mean([each.score for each in raised]))
+                    positive = np.mean([each.positive for each in raised]) >= 0.5
+                    shown = next(each for each in raised if each.positive == positive)
+                    add(category, role, neuron, score, "+" if positive else "-", shown.tokens)
+        for query_neuron, tokens in _query_neurons(found, category):
+            add(category, "query", str(query_neuron), None, "+", tokens)
+    frame = pd.DataFrame(rows, columns=["category", "role", "neuron", "score", "sign", "tokens", "hits"])
+    hits = frame.groupby("role")["hits"].mean().to_dict()
+    seen = "Words of the category among the ten tokens that are raised most: " + ", ".join(
+        f"{hits[role]:.1f} for {role} neurons" for role in ("value", "query", "random") if role in hits
+    )
+    return Exhibit.of_frame("table_9", bench.model.name, frame, seen=seen + ".", prompts=len(found.places))
+
+
+def _most_frequent(raised: Sequence[_Raised]) -> list[tuple[str, list[_Raised]]]:
+    """Return neurons, whatever their source position, by the number of prompts that have them, most first."""
+    by_name: dict[str, list[_Raised]] = {}
+    for each in raised:
+        by_name.setdefault(str(each.neuron).partition("@")[0], []).append(each)
+    return sorted(by_name.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def _query_neurons(found: Survey, category: str) -> list[tuple[FFNNeuron, list[int]]]:
+    """Return the FFN neurons that most often are a prompt's top query neurons, with what a positive one raises."""
+    counts: dict[FFNNeuron, int] = {}
+    for row in found.of(category):
+        for neuron in found.queries[row].neurons[:_NEURONS]:
+            counts[neuron] = counts.get(neuron, 0) + 1
+    best = sorted(counts, key=lambda neuron: (-counts[neuron], neuron))[:_SHOWN]
+    table = table_of(found.bench.model, "ffn")
+    assert table is not None, "FFN neurons have vectors of their own"
+    slots, rows = (
+        torch.tensor([getattr(each, name) for each in best], dtype=torch.long) for name in ("layer", "index")
+    )
+    device = found.bench.model.device
+    tokens = table.unscaled_logits(slots.to(device), rows.to(device)).topk(_TOKENS).indices if best else torch.empty(0)
+    return list(zip(best, tokens.tolist(), strict=True))

@@ -1,0 +1,327 @@
+"""What the claims of one model share: its known prompts, and each experiment run once."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from tqdm.auto import tqdm
+
+from attribution.claims.judge import Claim, Verdict, judge
+from attribution.engine.ablation import outcomes
+from attribution.engine.batching import by_batch, traced_batches
+from attribution.engine.decomposition import IDENTITIES, decomposition_errors, worst
+from attribution.engine.metrics import METRICS, by_metric
+from attribution.engine.questions import Question, question_of
+from attribution.engine.ranking import Picked, Ranking, pick, ranking_of
+from attribution.experiments.evaluation import evaluate_ranked
+from attribution.experiments.selection_rule import known_prompts, one_token_words
+from attribution.models.model import Model
+from attribution.models.registry import Entry, entry_of
+from attribution.models.running import on_site
+from attribution.prompts.knowledge import Knowledge, Prompt
+from attribution.prompts.tokens import answer_tokens
+from attribution.records import Unit, unit_named
+
+__all__ = ["STEPS", "Workbench", "prompt_key"]
+
+T = TypeVar("T")
+
+STEPS = 20
+"""Points on the path of integrated gradients."""
+
+# Fewer say little of an engine that is checked on them.
+_ENOUGH = 24
+OWN_PROMPTS = "the prompts are one's own: only more than with swapped answers"
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Return what tells a prompt apart from others: its text with its answer."""
+    return f"{prompt.text}{prompt.answer}"
+
+
+class Workbench:
+    """One model with knowledge prompts; measures on demand and remembers what it measured.
+
+    Args:
+        model: A loaded model.
+        knowledge: Facts and words.
+        max_prompts: At most how many prompts the claims about methods use; all when ``None``.
+        seed: Seed of all that is drawn at random.
+        progress: Show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        knowledge: Knowledge,
+        *,
+        max_prompts: int | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        self.model = model
+        self.knowledge = knowledge
+        self.max_prompts = max_prompts
+        self.seed = seed
+        self.progress = progress
+        self._frames: dict[tuple[str, tuple[object, ...]], pd.DataFrame] = {}
+        self._measured: dict[tuple[object, ...], object] = {}
+        self._picked: dict[tuple[Unit, str, int, int], Picked] = {}
+
+    @property
+    def entry(self) -> Entry:
+        """What the registry says of the model; of prompts of one's own it records nothing."""
+        entry = entry_of(self.model.name)
+        if self.knowledge.bundled:
+            return entry
+        return replace(entry, known_share=0.0, known_share_reason=OWN_PROMPTS, asserted={}, not_supported={})
+
+    @cached_property
+    def known(self) -> list[Prompt]:
+        """The prompts that the model answers by the selection rule."""
+        return known_prompts(self.model, self.knowledge.prompts, self.knowledge.words)
+
+    @cached_property
+    def of_the_engine(self) -> Workbench:
+        """The bench that the engine itself is checked on: this one, unless the model knows next to nothing.
+
+        What the engine computes has to be right whether or not the model is: there, all counts that can be asked.
+        """
+        if len(self.prompts) >= min(_ENOUGH, self.max_prompts or _ENOUGH):
+            return self
+        whole = Workbench(
+            self.model, self.knowledge, max_prompts=self.max_prompts, seed=self.seed, progress=self.progress
+        )
+        whole.known = [
+            prompt
+            for prompt in self.knowledge.prompts
+            if len(answer_tokens(self.model.tokenizer, prompt.text, prompt.answer)) == 1
+        ]
+        return whole
+
+    @cached_property
+    def known_with_swapped_answers(self) -> list[Prompt]:
+        """The prompts that pass the selection rule with another fact's answer: the control of what is known."""
+        return known_prompts(self.model, self.swapped, self.knowledge.words)
+
+    @cached_property
+    def swapped(self) -> list[Prompt]:
+        """Every prompt with the next different answer of its category, in file order.
+
+        An answer of several tokens could not be asked for and is passed over. Where a category is left with one
+        answer, another word of it takes turns with that.
+        """
+        swapped = []
+        for category, words in self.knowledge.words.items():
+            answers = [fact.answer for fact in self.knowledge.facts if fact.category == category]
+            distinct = list(one_token_words(self.model, answers))
+            if len(distinct) < 2:
+                distinct = list(one_token_words(self.model, [*distinct, *words]))[:2]
+            following = dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
+            for prompt in self.knowledge.prompts:
+                if prompt.category == category:
+                    own = prompt.answer[1:]
+                    swapped.append(replace(prompt, answer=" " + following.get(own, next(iter(distinct), own))))
+        return swapped
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """One known prompt of each fact, drawn by the hash of its text, in file order: what methods are judged on.
+
+        Other phrasings of a fact would add little: intervals resample facts. With ``max_prompts``, the facts are
+        drawn by hash as well, so that a smaller run is a part of a larger one.
+        """
+        drawn: dict[str, Prompt] = {}
+        for prompt in self.known:
+            if prompt.fact not in drawn or _draw(prompt.text) < _draw(drawn[prompt.fact].text):
+                drawn[prompt.fact] = prompt
+        facts = sorted(drawn, key=_draw)[: self.max_prompts]
+        return [prompt for fact, prompt in drawn.items() if fact in set(facts)]
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """The same prompts, tokenised."""
+        return [question_of(self.model, prompt.text, prompt.answer) for prompt in self.prompts]
+
+    def part(self, number: int) -> list[int]:
+        """Return the places of at most so many of :attr:`prompts`, drawn by hash, for what is expensive to measure."""
+        return sorted(self.drawn()[:number])
+
+    def drawn(self) -> list[int]:
+        """Return the places of :attr:`prompts` in an order drawn by hash."""
+        return sorted(range(len(self.prompts)), key=lambda place: _draw(self.prompts[place].text))
+
+    @cached_property
+    def before(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Each metric of the plain model on :attr:`prompts`."""
+        return by_metric(outcomes(self.model, self.questions, [()] * len(self.questions))[0])
+
+    def once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
+        """Return what was measured under a key, measuring it if it was not: claims share what is expensive."""
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]  # type: ignore[return-value]
+
+    def picked(
+        self, methods: Sequence[str], k: Mapping[Unit, int], *, places: Sequence[int], seed: int | None = None
+    ) -> list[dict[str, dict[Unit, Picked]]]:
+        """Return the best of each prompt by method and unit; no claim's search is run again for a claim that asks less.
+
+        Args:
+            methods: Registered methods; all that have to be run share one trace per batch.
+            k: How many of each unit.
+            places: Which of :attr:`prompts`.
+            seed: Seed of random draws; the bench's own when ``None``.
+        """
+        seed = self.seed if seed is None else seed
+
+        def lacks(unit: Unit, method: str, place: int) -> bool:
+            known = self._picked.get((unit, method, seed, place))
+            return known is None or len(known.records) < k[unit]
+
+        wanted: dict[Unit, dict[str, int | None]] = {}
+        missing: set[int] = set()
+        for unit, number in k.items():
+            for method in methods:
+                shallow = [place for place in places if lacks(unit, method, place)]
+                if shallow:
+                    wanted.setdefault(unit, {})[method] = number
+                    missing.update(shallow)
+        asked = sorted(missing)
+        questions = [self.questions[place] for place in asked]
+
+        def ranked(rows: list[int]) -> list[dict[Unit, dict[str, Picked]]]:
+            return on_site(self.model, pick, [questions[row] for row in rows], wanted, seed=seed, steps=STEPS)
+
+        what = f"{self.model.name} ranking by {', '.join(methods)}"
+        with tqdm(total=len(asked), desc=what, unit="prompt", disable=not self.progress or not asked) as bar:
+            for rows, found in by_batch(self.model, [len(question.ids) for question in questions], ranked):
+                for row, by_unit in zip(rows, found, strict=True):
+                    for unit, by_method in by_unit.items():
+                        for method, best in by_method.items():
+                            if lacks(unit, method, asked[row]):
+                                self._picked[unit, method, seed, asked[row]] = best
+                bar.update(len(rows))
+        return [
+            {
+                method: {unit: self._picked[unit, method, seed, place].first(number) for unit, number in k.items()}
+                for method in methods
+            }
+            for place in places
+        ]
+
+    def rankings(self, method: str, unit: str, k: int, *, places: Sequence[int]) -> list[Ranking]:
+        """Return the best of each prompt as rankings without first-order terms, see :meth:`picked`."""
+        chosen = unit_named(unit)
+        found = self.picked((method,), {chosen: k}, places=places)
+        return [
+            ranking_of(self.model, self.questions[place], chosen, method, best[method][chosen])
+            for place, best in zip(places, found, strict=True)
+        ]
+
+    def frames(
+        self,
+        methods: Sequence[str],
+        k: int | Sequence[int] | Mapping[str, int],
+        *,
+        kind: str = "zero",
+        together: Sequence[str] = (),
+        seed: int | None = None,
+        number: int | None = None,
+    ) -> dict[str, pd.DataFrame]:
+        """Ablate the best neurons of each method on every prompt, see :func:`attribution.evaluate`.
+
+        Args:
+            methods: Registered methods; those not measured yet are measured together.
+            k: How many, several numbers, or how many of each unit; FFN neurons when it names none.
+            kind: An ablation kind; what is not zero takes its values from the prompts themselves.
+            together: Kinds that are measured along with it, by the same ranking.
+            seed: Seed of random draws; the bench's own when ``None``.
+            number: On so many prompts only.
+
+        Returns:
+            Method to its frame; for each k, one row per prompt in the order of :attr:`prompts`.
+        """
+        seed = self.seed if seed is None else seed
+        places = self.part(len(self.prompts) if number is None else number)
+        if not places:
+            # Nothing to measure: the judge then says that there are too few prompts.
+            columns = ["k", "fact", *(f"{metric}_{when}" for metric in METRICS for when in ("before", "after"))]
+            return {name: pd.DataFrame(columns=columns, dtype=float) for name in methods}
+        asked = tuple(sorted(k.items())) if isinstance(k, Mapping) else k
+        key = (asked if isinstance(asked, int) else tuple(asked), seed, len(places))
+        missing = [name for name in dict.fromkeys(methods) if (name, (kind, *key)) not in self._frames]
+        if missing:
+            budgets = [k] if isinstance(k, Mapping) else [{"ffn": each} for each in ([k] if isinstance(k, int) else k)]
+            largest = {unit_named(unit): max(budget[unit] for budget in budgets) for unit in budgets[0]}
+            found = self.picked(missing, largest, places=places, seed=seed)
+            records = [
+                {name: {unit: best.records for unit, best in by_unit.items()} for name, by_unit in own.items()}
+                for own in found
+            ]
+            frame = evaluate_ranked(
+                self.model,
+                [self.questions[place] for place in places],
+                [self.prompts[place] for place in places],
+                records,
+                k=k,
+                kind=list(dict.fromkeys((kind, *together))),
+                reference=self.questions,
+                seed=seed,
+                progress=self.progress,
+            )
+            for (name, measured), rows in frame.groupby(["method", "kind"], sort=False):
+                self._frames[name, (measured, *key)] = rows.reset_index(drop=True)
+        return {name: self._frames[name, (kind, *key)] for name in methods}
+
+    def judge(
+        self,
+        claim: Claim,
+        effects: Sequence[float] | npt.NDArray[np.float64] | pd.Series,
+        *,
+        baselines: Sequence[float] | npt.NDArray[np.float64] | pd.Series | None = None,
+        places: Sequence[int] | None = None,
+        seed: int | None = None,
+        note: str = "",
+    ) -> Verdict:
+        """Judge a claim by one effect for each prompt, see :func:`attribution.claims.judge.judge`.
+
+        Args:
+            claim: The claim.
+            effects: One number per prompt.
+            baselines: What the effects are relative to.
+            places: Which of :attr:`prompts` were measured; all when ``None``.
+            seed: Seed of the measurement's random draws, to be reported.
+            note: What the table says beside the verdict, such as what the measurement cost.
+        """
+        prompts = self.prompts if places is None else [self.prompts[place] for place in places]
+        verdict = judge(
+            claim,
+            model=self.model.name,
+            effects=np.asarray(effects, dtype=np.float64).tolist(),
+            facts=[prompt.fact for prompt in prompts],
+            baselines=None if baselines is None else np.asarray(baselines, dtype=np.float64).tolist(),
+            prompts=[prompt_key(prompt) for prompt in prompts],
+            seed=seed,
+        )
+        return replace(verdict, note=note)
+
+    @cached_property
+    def decomposition_errors(self) -> dict[str, float]:
+        """Worst error of each identity over the prompts, all layers and positions, in rounding bounds."""
+        errors = [
+            decomposition_errors(activations, self.model.anatomy, batch.mask)
+            for activations, batch in traced_batches(self.model, self.prompts, positions="all")
+        ]
+        return {name: worst(each[name] for each in errors) for name in IDENTITIES}
+
+
+def _draw(text: str) -> tuple[int, str]:
+    return zlib.crc32(text.encode()), text

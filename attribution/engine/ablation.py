@@ -1,0 +1,393 @@
+"""Ablation: rerun the model with chosen components replaced, many variants in one forward pass, or edit its weights.
+
+Two mechanisms, equal where METHOD says so. An edit of activations lives inside one trace and ends with it; the weights
+are never touched. An edit of parameters is made on a copy that shares every other tensor and is undone with its block.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from attribution.engine.batching import by_batch
+from attribution.engine.masks import AblationKind, Masks, ablation_kind, ablation_masks
+from attribution.engine.metrics import Outcome, measure_each
+from attribution.engine.questions import Question, encode_all
+from attribution.engine.trace import Edits, Filler, PlainRun, rerun
+from attribution.errors import BadInputError
+from attribution.models.anatomy import resolve
+from attribution.models.model import Model
+from attribution.models.running import on_site, run
+from attribution.prompts.knowledge import Prompt
+from attribution.prompts.tokens import TokenBatch, chunk_by_length, pad
+from attribution.records import Component
+from attribution.wording import counted
+
+__all__ = [
+    "Donors",
+    "Means",
+    "Reference",
+    "ablate",
+    "ablated_logits",
+    "measure_ablated",
+    "outcomes",
+    "reference_of",
+]
+
+
+@dataclass(frozen=True)
+class Means:
+    """Mean coefficients over a reference set, float64.
+
+    Attributes:
+        coefficients: m of FFN neurons, (layers, ffn_neurons).
+        mixed_values: Mixed values, (layers, heads * head_dim).
+        sources: alpha * val of a source position as read by the last position, (layers, heads, head_dim).
+    """
+
+    coefficients: Tensor
+    mixed_values: Tensor
+    sources: Tensor
+
+
+@dataclass(frozen=True)
+class Donors:
+    """Prompts that ablated ones take their coefficients from.
+
+    Attributes:
+        prompts: Distinct prompts, as token ids.
+        seed: Seed of the draws.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    seed: int
+
+    def donor_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the prompt that one takes its coefficients from: any other one, drawn by its tokens and the seed.
+
+        Raises:
+            BadInputError: If there is no other.
+        """
+        # Seeded by the prompt, so that its donor does not depend on its place in a batch. Of two distinct prompts one
+        # at least is another.
+        drawn = random.Random(f"{self.seed} {ids}").sample(self.prompts, min(2, len(self.prompts)))
+        for prompt in drawn:
+            if prompt != ids:
+                return prompt
+        raise BadInputError(
+            f"kind 'resample' found {len(self.prompts)} reference prompts and none that differs from the ablated one; "
+            "add others to the reference."
+        )
+
+
+Reference: TypeAlias = Means | Donors
+"""What ablated coefficients are replaced with, other than zero."""
+
+
+def reference_of(
+    model: Model,
+    kind: str,
+    prompts: Sequence[Sequence[int]] | None,
+    *,
+    ablated: Sequence[Sequence[int]] = (),
+    seed: int = 0,
+) -> Reference | None:
+    """Prepare what a kind of ablation takes its values from.
+
+    Args:
+        model: A loaded model.
+        kind: An ablation kind.
+        prompts: Reference prompts, as token ids. One that is listed twice counts twice in the means, and once among
+            donors.
+        ablated: Prompts that will be ablated, to complain early of one that no other could be the donor of.
+        seed: Seed for ``"resample"``.
+
+    Returns:
+        ``None`` for ``"zero"``.
+
+    Raises:
+        BadInputError: If the kind is unknown, has a reference that it does not take, lacks one, or a prompt lacks a
+            donor.
+    """
+    chosen = ablation_kind(kind)
+    if chosen is AblationKind.ZERO:
+        if prompts is not None:
+            raise BadInputError(
+                f"kind 'zero' takes nothing from a reference, but one of {len(prompts)} prompts was given; leave it "
+                "out, or use kind 'mean' or 'resample'."
+            )
+        return None
+    if not prompts:
+        raise BadInputError(
+            f"kind {chosen.value!r} takes its values from reference prompts, but none were given; pass reference=[...] "
+            "or use kind 'zero'."
+        )
+    if chosen is AblationKind.MEAN:
+        return _means(model, prompts)
+    donors = Donors(tuple(dict.fromkeys(tuple(prompt) for prompt in prompts)), seed)
+    for ids in ablated:
+        donors.donor_of(tuple(ids))
+    return donors
+
+
+def _means(model: Model, prompts: Sequence[Sequence[int]]) -> Means:
+    totals: dict[str, Tensor] = {}
+
+    def sums(rows: list[int]) -> dict[str, Tensor]:
+        return on_site(model, _sums, [prompts[row] for row in rows])
+
+    for _, found in by_batch(model, [len(prompt) for prompt in prompts], sums):
+        for name, total in found.items():
+            totals[name] = totals[name] + total if name in totals else total
+    # A last position reads as many source positions as its prompt has tokens, so one number divides all three.
+    tokens = sum(len(prompt) for prompt in prompts)
+    return Means(**{name: total / tokens for name, total in totals.items()})
+
+
+def _sums(model: Model, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return the sums over one batch that the fields of :class:`Means` are made of."""
+    batch = pad(prompts, device=model.device)
+    anatomy, family = model.anatomy, model.anatomy.family
+    real, rows = batch.mask.bool(), torch.arange(len(batch.last), device=batch.last.device)
+
+    def visit(network: Any, saved: dict[str, Any]) -> None:
+        sums: dict[str, list[Tensor]] = {"coefficients": [], "mixed_values": [], "sources": []}
+        for block in anatomy.blocks(network):
+            mixed = resolve(block, family.attention_out).input.detach().reshape(*batch.ids.shape, -1).to(model.device)
+            sums["mixed_values"].append(mixed[real].sum(0, dtype=torch.float64))
+            # What a head takes of all source positions together is its mixed value.
+            taken = mixed[rows, batch.last].sum(0, dtype=torch.float64)
+            sums["sources"].append(taken.unflatten(-1, (anatomy.heads, anatomy.head_dim)))
+            coefficients = resolve(block, family.ffn_out).input.detach().reshape(*batch.ids.shape, -1).to(model.device)
+            sums["coefficients"].append(coefficients[real].sum(0, dtype=torch.float64))
+        saved.update({name: torch.stack(layers) for name, layers in sums.items()})
+
+    return run(model, batch.inputs(), visit, whole=False)
+
+
+def _edits(
+    masks: Masks,
+    device: torch.device,
+    *,
+    coefficients: Sequence[Filler],
+    mixed_values: Sequence[Filler],
+    sources: Sequence[Filler],
+) -> Edits:
+    """Return the edits that put each layer's filler where the masks say."""
+
+    def by_layer(mask: Tensor, fillers: Sequence[Filler]) -> dict[int, tuple[Tensor, Filler]]:
+        mask = mask.to(device)
+        return {layer: (mask[layer], filler) for layer, filler in enumerate(fillers) if mask[layer].any()}
+
+    return Edits(
+        coefficients=by_layer(masks.ffn[:, :, None], coefficients),
+        mixed_values=by_layer(masks.attention.flatten(-2)[:, :, None], mixed_values),
+        sources=by_layer(masks.sources, sources),
+    )
+
+
+def ablated_logits(
+    model: Model,
+    batch: TokenBatch,
+    variants: Sequence[Collection[Component]],
+    *,
+    reference: Reference | None = None,
+    at_source: bool = False,
+    plain: tuple[PlainRun, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rerun a batch, each row with its own components replaced.
+
+    Args:
+        model: A loaded model.
+        batch: Right-padded tokens.
+        variants: What to replace in each row.
+        reference: What with; zero when ``None``.
+        at_source: See :func:`ablation_masks`.
+        plain: See :func:`attribution.engine.trace.rerun`; of no use to donors, which run along.
+
+    Returns:
+        Logits at each row's last real token, (batch, vocabulary), and how many distinct coefficients were replaced in
+        each row, (batch,).
+
+    Raises:
+        BadInputError: If a record cannot be ablated, or a row has no donor.
+    """
+    if isinstance(reference, Donors):
+        return _resampled_logits(model, batch, variants, reference, at_source)
+    masks = ablation_masks(variants, model.anatomy, batch, at_source=at_source)
+    if reference is None:
+        zeros: list[Filler] = [torch.zeros((), device=model.device)] * model.anatomy.layers
+        edits = _edits(masks, model.device, coefficients=zeros, mixed_values=zeros, sources=zeros)
+    else:
+        edits = _edits(
+            masks,
+            model.device,
+            coefficients=list(reference.coefficients.to(model.device)),
+            mixed_values=list(reference.mixed_values.to(model.device)),
+            sources=list(reference.sources[..., None].to(model.device)),
+        )
+    return rerun(model, batch, edits, plain=plain), masks.distinct()
+
+
+def _resampled_logits(
+    model: Model, batch: TokenBatch, variants: Sequence[Collection[Component]], donors: Donors, at_source: bool
+) -> tuple[Tensor, Tensor]:
+    """Rerun a batch with its donors in the same forward pass, so that none of their activations has to be kept."""
+    rows = [tuple(ids[: last + 1]) for ids, last in zip(batch.ids.tolist(), batch.last.tolist(), strict=True)]
+    # A row without edits needs no donor.
+    chosen = [donors.donor_of(row) if variant else row for row, variant in zip(rows, variants, strict=True)]
+    weights = model.anatomy.readout.unembedding
+    logits = weights.new_empty(len(rows), model.anatomy.vocabulary)
+    distinct = torch.zeros(len(rows), dtype=torch.long)
+    lengths = [max(len(row), len(donor)) for row, donor in zip(rows, chosen, strict=True)]
+    # A donor may be much longer than the batch that was planned.
+    for part in chunk_by_length(lengths, model.batch_tokens):
+        extra = list(dict.fromkeys(chosen[row] for row in part if chosen[row] != rows[row]))
+        places = {donor: place for place, donor in enumerate(extra, start=len(part))}
+        giver = [places.get(chosen[row], place) for place, row in enumerate(part)] + list(places.values())
+        joined = pad([*(rows[row] for row in part), *extra], device=model.device)
+        masks = ablation_masks(
+            [*(variants[row] for row in part), *([] for _ in extra)], model.anatomy, joined, at_source=at_source
+        )
+        take = partial(_aligned, giver=torch.tensor(giver, device=model.device), last=joined.last)
+        everywhere: list[Filler] = [partial(take, axis=1)] * model.anatomy.layers
+        sources: list[Filler] = [partial(take, axis=-1)] * model.anatomy.layers
+        edits = _edits(masks, model.device, coefficients=everywhere, mixed_values=everywhere, sources=sources)
+        logits[part] = rerun(model, joined, edits)[: len(part)]
+        distinct[part] = masks.distinct()[: len(part)]
+    return logits, distinct
+
+
+def _aligned(tensor: Tensor, giver: Tensor, last: Tensor, *, axis: int) -> Tensor:
+    """Return for each row what its giver has, aligned at the last real token.
+
+    Args:
+        tensor: (batch, ...).
+        giver: Row that each row takes from, (batch,).
+        last: Position of each row's last real token, (batch,).
+        axis: The axis of positions.
+    """
+    by_position = tensor.movedim(axis, 1)
+    positions = torch.arange(by_position.shape[1], device=tensor.device) + (last[giver] - last)[:, None]
+    # Behind a row's last token stands padding, which may lie beyond the giver's.
+    return by_position[giver[:, None], positions.clamp(0, by_position.shape[1] - 1)].movedim(1, axis)
+
+
+def ablate(
+    model: Model,
+    prompt: str | Prompt | Sequence[str | Prompt],
+    neurons: Sequence[Component] | Sequence[Sequence[Component]],
+    *,
+    kind: str = "zero",
+    reference: str | Prompt | Sequence[str | Prompt] | None = None,
+    seed: int = 0,
+    at_source: bool = False,
+) -> Tensor:
+    """Rerun the model with components replaced by zero, or by what they are in other prompts.
+
+    Args:
+        model: A loaded model.
+        prompt: A text, a :class:`Prompt`, or a list of either.
+        neurons: What to replace; for a list of prompts, one collection per prompt. Records of all kinds may be mixed:
+            FFN neurons, heads (all their dimensions) and layers (all neurons of the sublayer) are replaced at every
+            position; a :class:`HeadPosition` only as read by the last position. Attention neurons are replaced as
+            (layer, head, dim), at all positions, unless ``at_source``.
+        kind: ``"zero"``, as in the paper; ``"mean"``; or ``"resample"``: see
+            :class:`attribution.engine.masks.AblationKind`.
+        reference: Prompts that ``"mean"`` and ``"resample"`` take their values from. A prompt never is its own donor.
+        seed: Seed of the donors that ``"resample"`` draws, one for each prompt.
+        at_source: Replace attention neurons only at their own source position, as read by the last position.
+
+    Returns:
+        Logits at the last position: (vocabulary,), or (prompts, vocabulary) for a list of prompts.
+
+    Raises:
+        BadInputError: If an argument cannot be used.
+    """
+    single = isinstance(prompt, str | Prompt)
+    encoded = encode_all(model, prompt)
+    variants: Sequence[Any] = [neurons] if single else neurons
+    for variant in variants:
+        if not isinstance(variant, list | tuple | set | frozenset):
+            raise BadInputError(f"{variant!r} is not a collection of neurons; pass a list of records for each prompt.")
+    if len(variants) != len(encoded):
+        raise BadInputError(
+            f"{counted(len(encoded), 'prompt')} came with {counted(len(variants), 'collection')} of neurons; give one "
+            "each."
+        )
+    others = None if reference is None else encode_all(model, reference)
+    values = reference_of(model, kind, others, ablated=encoded, seed=seed)
+    # Where the weights are, they may have another dtype than a model without weights has here.
+    logits = torch.empty(len(encoded), model.anatomy.vocabulary, dtype=model.anatomy.readout.unembedding.dtype)
+
+    def rerun(rows: list[int]) -> Tensor:
+        part = [list(variants[row]) for row in rows]
+        return on_site(model, _logits, [encoded[row] for row in rows], part, values, at_source)
+
+    for rows, found in by_batch(model, [len(ids) for ids in encoded], rerun):
+        logits[rows] = found
+    return logits[0] if single else logits
+
+
+def _logits(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    variants: Sequence[Collection[Component]],
+    reference: Reference | None,
+    at_source: bool,
+) -> Tensor:
+    batch = pad(prompts, device=model.device)
+    return ablated_logits(model, batch, variants, reference=reference, at_source=at_source)[0].cpu()
+
+
+def outcomes(
+    model: Model,
+    questions: Sequence[Question],
+    variants: Sequence[Collection[Component]],
+    *,
+    reference: Reference | None = None,
+    at_source: bool = False,
+) -> tuple[list[Outcome], list[int]]:
+    """Rerun the model once per question with components replaced, and measure each answer.
+
+    Args:
+        model: A loaded model.
+        questions: What is asked; the same question may come with several variants.
+        variants: What to replace, one collection per question; an empty one is the plain model.
+        reference: What to replace with, see :func:`attribution.engine.ablation.reference_of`; zero when ``None``.
+        at_source: See :func:`ablate`.
+
+    Returns:
+        One outcome per question, and how many distinct coefficients were replaced in it.
+    """
+    found: list[Outcome | None] = [None] * len(questions)
+    distinct = [0] * len(questions)
+
+    def measured(rows: list[int]) -> tuple[list[Outcome], list[int]]:
+        part = [list(variants[row]) for row in rows]
+        return on_site(model, measure_ablated, [questions[row] for row in rows], part, reference, at_source)
+
+    for rows, (outcomes, numbers) in by_batch(model, [len(question.ids) for question in questions], measured):
+        for row, outcome, number in zip(rows, outcomes, numbers, strict=True):
+            found[row], distinct[row] = outcome, number
+    return [each for each in found if each is not None], distinct
+
+
+def measure_ablated(
+    model: Model,
+    questions: Sequence[Question],
+    variants: Sequence[Collection[Component]],
+    reference: Reference | None,
+    at_source: bool,
+    plain: tuple[PlainRun, Tensor] | None = None,
+) -> tuple[list[Outcome], list[int]]:
+    """Rerun one batch with components replaced; return how it answers, and how much was replaced."""
+    batch = pad([question.ids for question in questions], device=model.device)
+    logits, replaced = ablated_logits(model, batch, variants, reference=reference, at_source=at_source, plain=plain)
+    return measure_each(logits, [question.answer_id for question in questions]), replaced.tolist()

@@ -1,0 +1,333 @@
+"""The table of attribution methods: the eight of the paper (its Table 2), the wider field's, and random neurons.
+
+A method maps :class:`~attribution.engine.importance.Candidates` to one score each; larger is more important. Every
+score must depend on its own candidate alone, because candidates are scored in blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from attribution.engine.importance import Candidates, first_order, first_order_bound, log_prob_increase
+from attribution.errors import BadInputError
+from attribution.records import NEURON_UNITS, UNITS, Unit, unit_named
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "Passes",
+    "Score",
+    "bound_candidates",
+    "method_named",
+    "register_method",
+    "score_candidates",
+]
+
+Score: TypeAlias = Callable[[Candidates], Tensor]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A number of passes through the model, for one prompt and one kind of sublayer.
+
+    Attributes:
+        number: How many.
+        per: What the number is multiplied by.
+    """
+
+    number: float
+    per: tuple[Literal["layer", "step"], ...] = ()
+
+    def of(self, layers: int, steps: int) -> float:
+        """Return the number for a model of so many layers and a path of so many steps."""
+        return self.number * prod({"layer": layers, "step": steps}[each] for each in self.per)
+
+    def __str__(self) -> str:
+        return f"{self.number:g}" + "".join(f" x {each}s" for each in self.per)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One attribution method.
+
+    Attributes:
+        name: What users and claims call it.
+        score: Candidates to scores, (n,).
+        units: Units that it can score.
+        source: Where it comes from.
+        forward: Forward passes.
+        backward: Backward passes.
+        effects: The kind of backward pass whose result it finds in ``candidates.effects``, if any.
+        bound: Candidates to upper bounds on their scores, (n,), much cheaper than the scores; lets the top k be
+            found without scoring all. ``None`` if there is none.
+        first_order: Candidates to the first-order terms of their scores, (n,), for the ranking to show beside them.
+    """
+
+    name: str
+    score: Score
+    units: tuple[Unit, ...]
+    source: str
+    forward: Passes = Passes(1)
+    backward: Passes = Passes(0)
+    effects: str | None = None
+    bound: Score | None = None
+    first_order: Score | None = None
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it comes with this package; the suite judges every other method as it judges the paper's."""
+        return self.score.__module__ == __name__
+
+
+ONE_PASS, NO_PASS = Passes(1), Passes(0)
+METHODS: dict[str, Method] = {}
+
+
+def register_method(
+    name: str,
+    *,
+    unit: Unit | tuple[Unit, ...] = NEURON_UNITS,
+    source: str,
+    forward: Passes = ONE_PASS,
+    backward: Passes = NO_PASS,
+    effects: str | None = None,
+    bound: Score | None = None,
+    first_order: Score | None = None,
+) -> Callable[[Score], Score]:
+    """Register the decorated function as a method, so that it can be named everywhere and joins the claims.
+
+    Args:
+        name: A name that is not taken.
+        unit: The unit, or units, that it can score; one that scores FFN and attention neurons scores both together.
+        source: Paper, equation or address that defines it.
+        forward: Forward passes that the effects need; one when left out.
+        backward: Backward passes that they need; none when left out.
+        effects: A kind of :func:`attribution.engine.gradients.read_effects`, if the scores need it.
+        bound: Optional upper bound on the scores, never below them, rounding included.
+        first_order: Optional first-order term of the scores.
+
+    Raises:
+        BadInputError: If the name is taken, a unit is unknown, or effects are asked for of what is no neuron.
+    """
+    units = tuple(unit_named(each) for each in ([unit] if isinstance(unit, str) else unit))
+    if {"ffn", "attention"} <= set(units) and "neuron" not in units:
+        units += ("neuron",)
+    if effects is not None and not set(units) <= set(NEURON_UNITS):
+        raise BadInputError(
+            f"method {name!r} asks for effects {effects!r} of the units {', '.join(units)}; only "
+            f"{', '.join(NEURON_UNITS)} have them, so leave out the others."
+        )
+
+    def register(score: Score) -> Score:
+        if name in METHODS:
+            raise BadInputError(f"method {name!r} is registered already ({METHODS[name].source}); choose another name.")
+        METHODS[name] = Method(name, score, units, source, forward, backward, effects, bound, first_order)
+        return score
+
+    return register
+
+
+def method_named(name: str, unit: Unit) -> Method:
+    """Return a registered method that can score a unit.
+
+    Raises:
+        BadInputError: If there is none.
+    """
+    if name not in METHODS:
+        raise BadInputError(
+            f"method {name!r} is unknown; use one of {', '.join(sorted(METHODS))}, or register it with "
+            "@attribution.register_method."
+        )
+    method = METHODS[name]
+    if unit not in method.units:
+        raise BadInputError(f"method {name!r} scores the units {', '.join(method.units)}, not {unit!r}; use another.")
+    return method
+
+
+def score_candidates(method: Method, candidates: Candidates) -> Tensor:
+    """Return a method's scores, checked.
+
+    Raises:
+        BadInputError: If the method returns a wrong shape, a wrong device or a NaN.
+    """
+    return _checked(method, "", method.score(candidates), candidates)
+
+
+def bound_candidates(method: Method, candidates: Candidates) -> Tensor:
+    """Return a method's upper bounds, checked in the same way; an error if it has none."""
+    assert method.bound is not None
+    return _checked(method, " as a bound", method.bound(candidates), candidates)
+
+
+def _checked(method: Method, role: str, scores: object, candidates: Candidates) -> Tensor:
+    expected = candidates.coefficient
+    if not isinstance(scores, Tensor) or scores.shape != expected.shape or scores.device != expected.device:
+        got = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise BadInputError(
+            f"method {method.name!r} returned {got}{role} for {len(candidates)} candidates of unit "
+            f"{candidates.table.unit!r}; return a tensor of shape ({len(candidates)},) on {expected.device}."
+        )
+    if torch.isnan(scores).any():
+        first = candidates.records(torch.isnan(scores).nonzero()[0])[0]
+        raise BadInputError(f"method {method.name!r} scored {first} as NaN{role}; return a number for every candidate.")
+    return scores.double()
+
+
+def _log_prob_increase_bound(candidates: Candidates) -> Tensor:
+    return candidates.increase_bound
+
+
+def _log_prob_increase_first_order(candidates: Candidates) -> Tensor:
+    return first_order(candidates.probs[candidates.slot], candidates.update, candidates.answer)
+
+
+@register_method(
+    "log_prob_increase",
+    unit=UNITS,
+    source="Table 2 a), Eq. 13",
+    bound=_log_prob_increase_bound,
+    first_order=_log_prob_increase_first_order,
+)
+def _log_prob_increase(candidates: Candidates) -> Tensor:
+    """Return log p(w|x+mv) - log p(w|x), in nats."""
+    return log_prob_increase(candidates.log_probs[candidates.slot], candidates.update, candidates.answer)
+
+
+def _log_prob_bound(candidates: Candidates) -> Tensor:
+    # log p(w|mv) is the increase over a uniform distribution, whose log-probability is -log V.
+    uniform = torch.zeros_like(candidates.log_probs[:1]).log_softmax(-1)
+    return first_order_bound(candidates, uniform) + uniform[0, 0]
+
+
+@register_method("log_prob", unit=UNITS, source="Table 2 b)", bound=_log_prob_bound)
+def _log_prob(candidates: Candidates) -> Tensor:
+    """Return log p(w|mv), in nats, under the frozen scale."""
+    return candidates.update.log_softmax(-1)[:, candidates.answer]
+
+
+def _as_probability(candidates: Candidates, increase: Tensor) -> Tensor:
+    """p(w|x) * (exp(increase) - 1): an increase of log-probability, as one of probability."""
+    log_prob = candidates.log_probs[candidates.slot, candidates.answer]
+    # The product keeps the digits of a small increase; the difference holds where p(w|x) underflows. No probability
+    # exceeds 1, which a bound on the increase may forget.
+    small = log_prob.exp() * torch.expm1(increase.clamp(max=1))
+    large = (log_prob + increase).clamp(max=0).exp() - log_prob.exp()
+    return torch.where(increase < 1, small, large)
+
+
+def _prob_increase_bound(candidates: Candidates) -> Tensor:
+    return _as_probability(candidates, _log_prob_increase_bound(candidates))
+
+
+@register_method("prob_increase", unit=UNITS, source="Table 2 c)", bound=_prob_increase_bound)
+def _prob_increase(candidates: Candidates) -> Tensor:
+    """p(w|x+mv) - p(w|x)."""
+    return _as_probability(candidates, _log_prob_increase(candidates))
+
+
+# What takes no projection is its own bound: without one, a method is scored in blocks that a projection would fit.
+def _vector_norm(candidates: Candidates) -> Tensor:
+    """|v|, the L2 norm of the bare vector."""
+    return candidates.of_vector(candidates.table.norms)
+
+
+register_method("vector_norm", source="Table 2 d)", bound=_vector_norm)(_vector_norm)
+
+
+def _coefficient(candidates: Candidates) -> Tensor:
+    """|m|."""
+    return candidates.coefficient.abs()
+
+
+register_method("coefficient", source="Table 2 e)", bound=_coefficient)(_coefficient)
+
+
+def _reciprocal_rank_bound(candidates: Candidates) -> Tensor:
+    return candidates.of_vector(candidates.table.reciprocal_rank_bounds(candidates.answer))
+
+
+@register_method("reciprocal_rank", source="Table 2 f)", bound=_reciprocal_rank_bound)
+def _reciprocal_rank(candidates: Candidates) -> Tensor:
+    """1 / rank(w) in bs(v), whatever the sign of m. Many neurons share rank 1: ties fall by (layer, index)."""
+    return candidates.table.reciprocal_ranks(candidates.slot, candidates.row, candidates.answer)
+
+
+def _output_norm(candidates: Candidates) -> Tensor:
+    """|m| * |v|, the L2 norm of what the candidate writes."""
+    return _coefficient(candidates) * _vector_norm(candidates)
+
+
+register_method("output_norm", unit=UNITS, source="Table 2 g)", bound=_output_norm)(_output_norm)
+
+
+def _coefficient_by_rank_bound(candidates: Candidates) -> Tensor:
+    return _coefficient(candidates) * _reciprocal_rank_bound(candidates)
+
+
+@register_method("coefficient_by_rank", source="Table 2 h)", bound=_coefficient_by_rank_bound)
+def _coefficient_by_rank(candidates: Candidates) -> Tensor:
+    """|m| / rank(w) in bs(v), whatever the sign of m."""
+    return _coefficient(candidates) * _reciprocal_rank(candidates)
+
+
+def _random(candidates: Candidates) -> Tensor:
+    """A uniform number per candidate."""
+    generator = torch.Generator().manual_seed(candidates.seed)
+    draws = torch.rand(candidates.total, generator=generator, dtype=torch.float64)
+    return draws.to(candidates.index.device)[candidates.index]
+
+
+register_method("random", unit=UNITS, source="control: uniform draw without replacement, seeded", bound=_random)(
+    _random
+)
+
+
+@register_method(
+    "gradient_x_activation",
+    source="Shrikumar et al. 2017; of the model's own log p(w), at every position",
+    backward=Passes(1),
+    effects="gradient",
+)
+def _gradient_x_activation(candidates: Candidates) -> Tensor:
+    """Sum over positions of m times d log p(w) / dm, in nats."""
+    return candidates.effects["gradient"]
+
+
+@register_method(
+    "integrated_gradients",
+    source="Sundararajan et al. 2017, per sublayer as in Dai et al. 2022; from zero, `steps` points",
+    forward=Passes(0.5, ("step", "layer")),
+    backward=Passes(0.5, ("step", "layer")),
+    effects="integrated_gradients",
+)
+def _integrated_gradients(candidates: Candidates) -> Tensor:
+    """Sum over positions of m times the mean of d log p(w) / dm on the way from 0 to m, in nats."""
+    return candidates.effects["integrated_gradients"]
+
+
+@register_method(
+    "atp_star",
+    source="Kramar et al. 2024, AtP* for neurons: GradDrop, with the sign of AtP",
+    backward=Passes(0.5, ("layer",)),
+    effects="grad_drop",
+)
+def _atp_star(candidates: Candidates) -> Tensor:
+    """Attribution patching towards zero, averaged over gradients that skip one layer each, in nats."""
+    return candidates.effects["grad_drop"]
+
+
+@register_method(
+    "relp",
+    source="Jafari et al. 2025, RelP, with the rules of AttnLRP (Achtibat et al. 2024)",
+    backward=Passes(1),
+    effects="relevance",
+)
+def _relp(candidates: Candidates) -> Tensor:
+    """Sum over positions of m times the relevance that one unit of it would get, in nats."""
+    return candidates.effects["relevance"]

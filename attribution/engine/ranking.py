@@ -1,0 +1,351 @@
+"""Attribution of a prompt: its neurons, heads or layers, ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import overload
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from attribution.engine.batching import by_batch
+from attribution.engine.gradients import Effects, read_effects
+from attribution.engine.importance import Candidates, candidates_of
+from attribution.engine.methods import Method, method_named, score_candidates
+from attribution.engine.questions import Question, prompts_with_answers, question_of
+from attribution.engine.top_k import Certificate, top_k
+from attribution.engine.trace import read_activations
+from attribution.engine.vectors import VectorTable, table_of
+from attribution.models.model import Model
+from attribution.models.running import on_site
+from attribution.prompts.knowledge import Prompt
+from attribution.prompts.tokens import TokenBatch, pad
+from attribution.records import SUBLAYERS, Component, FFNNeuron, Sublayer, Unit, unit_named
+
+__all__ = ["Picked", "Ranking", "all_candidates", "attribute", "pick", "ranked", "ranking_of", "scores_of"]
+
+NAMES: dict[Unit, str] = {
+    "ffn": "ffn neurons",
+    "attention": "attention neurons",
+    "neuron": "ffn and attention neurons",
+    "head": "heads",
+    "head_position": "heads at one position",
+    "layer": "layers",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """What was attributed for one prompt, best first.
+
+    Attributes:
+        prompt: The prompt.
+        answer: The answer, with its leading space.
+        answer_id: Its token id, for :func:`attribution.measure`.
+        unit: What was ranked.
+        method: Name of the method.
+        neurons: Records, best first; ties fall in the order of records. Heads and layers are records too.
+        scores: Their scores, float64, aligned with ``neurons``; nats for ``log_prob_increase``.
+        exact: Why this top k is that of scoring everything.
+        tokens: The prompt's tokens as text, to name source positions.
+        first_order: Of ``log_prob_increase``, the first-order term <e_w - p, bs(v)> of each score, in nats; ``None``
+            for other methods.
+    """
+
+    prompt: str
+    answer: str
+    answer_id: int
+    unit: Unit
+    method: str
+    neurons: list[Component]
+    scores: Tensor
+    exact: Certificate
+    tokens: tuple[str, ...]
+    first_order: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.neurons)
+
+    @property
+    def kl(self) -> Tensor | None:
+        """KL(p || p') of each neuron, in nats: what it spends on the rest of the distribution, score = first - KL."""
+        return None if self.first_order is None else self.first_order - self.scores
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per record, best first, indexed by rank from 1."""
+        columns: dict[str, list[object]] = {}
+        for number, record in enumerate(self.neurons):
+            for name, value in _columns(record, self.unit).items():
+                columns.setdefault(name, [None] * len(self.neurons))[number] = value
+        frame = pd.DataFrame(columns)
+        if self.unit == "neuron":
+            # A neuron of one kind lacks the other kind's fields.
+            whole = [name for name in ("index", "head", "dim", "position") if name in frame]
+            frame[whole] = frame[whole].astype("Int64")
+        if "position" in frame:
+            tokens = [None if pd.isna(position) else self.tokens[int(position)] for position in frame["position"]]
+            frame["token"] = pd.array(tokens, dtype="string")
+        frame[self.method] = self.scores.tolist()
+        frame.index = pd.RangeIndex(1, len(frame) + 1, name="rank")
+        return frame
+
+    def _heading(self) -> str:
+        return (
+            f"Ranking of {len(self)} {NAMES[self.unit]} by {self.method} for {self.prompt!r} -> {self.answer!r}, "
+            f"{self.exact.scored:,} of {self.exact.total:,} scored"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self._heading()}\n{self.to_frame().to_string(max_rows=20)}"
+
+    def _repr_html_(self) -> str:
+        """Return it as notebooks show it."""
+        return f"<p>{escape(self._heading())}</p>\n{self.to_frame().to_html(max_rows=20)}"
+
+
+def _columns(record: Component, unit: Unit) -> dict[str, object]:
+    fields: dict[str, object] = asdict(record)
+    if unit == "neuron":
+        return {"layer": fields.pop("layer"), "kind": "ffn" if isinstance(record, FFNNeuron) else "attention", **fields}
+    return fields
+
+
+def all_candidates(
+    model: Model,
+    questions: Sequence[Question],
+    batch: TokenBatch,
+    wanted: Mapping[Unit, Sequence[Method]],
+    *,
+    seed: int,
+    steps: int,
+) -> list[dict[Unit, Candidates]]:
+    """Trace a batch once and return each prompt's candidates by unit.
+
+    Args:
+        model: A loaded model.
+        questions: One per row of the batch.
+        batch: Their tokens.
+        wanted: The methods that each unit is to be scored by; backward passes that they need are run as well.
+        seed: Seed for methods that draw random numbers.
+        steps: Points on the path of integrated gradients.
+    """
+    activations = read_activations(model, batch, logits=False)
+    answers = torch.tensor([question.answer_id for question in questions], device=batch.ids.device)
+    needs: dict[str, set[Sublayer]] = {}
+    for unit, methods in wanted.items():
+        for method in methods:
+            if method.effects is not None:
+                needs.setdefault(method.effects, set()).update(SUBLAYERS[unit])
+    effects = {
+        kind: read_effects(model, batch, answers, kind, units=tuple(sorted(sublayers)), steps=steps)
+        for kind, sublayers in needs.items()
+    }
+    found: list[dict[Unit, Candidates]] = []
+    for row, question in enumerate(questions):
+        length = len(question.ids)
+        by_unit = {}
+        for unit, methods in wanted.items():
+            table = table_of(model, unit)
+            kinds = {method.effects for method in methods if method.effects is not None}
+            by_unit[unit] = candidates_of(
+                unit,
+                table,
+                model.anatomy,
+                activations,
+                row,
+                length,
+                answer=question.answer_id,
+                seed=question.seed(seed),
+                effects={} if table is None else {kind: _by_slot(effects[kind], table, row, length) for kind in kinds},
+            )
+        found.append(by_unit)
+    return found
+
+
+def _by_slot(effects: Effects, table: VectorTable, row: int, length: int) -> list[Tensor]:
+    """Return what one backward pass says of each slot's neurons for one prompt."""
+    found = []
+    for each in table.sublayers:
+        effect = effects.attention if each.kind == "attention" else effects.ffn
+        assert effect is not None, "read for the sublayers of the unit"
+        found.append(effect[each.layer, row, :, :length] if each.kind == "attention" else effect[each.layer, row])
+    return found
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The best of one prompt by one method: see :class:`attribution.engine.top_k.Selection`, with records as well."""
+
+    records: list[Component]
+    best: Tensor
+    scores: Tensor
+    certificate: Certificate
+    first_order: Tensor | None
+
+    def first(self, k: int) -> Picked:
+        """Return the k best of them: as a search for k would, as none left out is tied with any found."""
+        terms = None if self.first_order is None else self.first_order[:k]
+        return Picked(self.records[:k], self.best[:k], self.scores[:k], self.certificate, terms)
+
+
+def pick(
+    model: Model,
+    questions: Sequence[Question],
+    wanted: Mapping[Unit, Mapping[str, int | None]],
+    *,
+    seed: int,
+    steps: int,
+    with_first_order: bool = False,
+) -> list[dict[Unit, dict[str, Picked]]]:
+    """Trace prompts once, in one batch, and return each one's best by unit and method.
+
+    Args:
+        model: A loaded model, whose weights are here.
+        questions: The prompts.
+        wanted: Unit to method to how many; all when ``None``.
+        seed: Seed for methods that draw random numbers.
+        steps: Points on the path of integrated gradients.
+        with_first_order: Return the first-order terms of the scores as well, of methods that have them.
+    """
+    batch = pad([question.ids for question in questions], device=model.device)
+    methods = {unit: {name: method_named(name, unit) for name in named} for unit, named in wanted.items()}
+    needed = {unit: list(named.values()) for unit, named in methods.items()}
+    found: list[dict[Unit, dict[str, Picked]]] = []
+    for candidates in all_candidates(model, questions, batch, needed, seed=seed, steps=steps):
+        best: dict[Unit, dict[str, Picked]] = {unit: {} for unit in wanted}
+        for unit, named in wanted.items():
+            for name, k in named.items():
+                chosen = top_k(candidates[unit], methods[unit][name], k, with_first_order=with_first_order)
+                records = candidates[unit].records(chosen.best)
+                scores, terms = chosen.scores.cpu(), chosen.first_order
+                best[unit][name] = Picked(
+                    records, chosen.best.cpu(), scores, chosen.certificate, None if terms is None else terms.cpu()
+                )
+        found.append(best)
+    return found
+
+
+def _scores_of(model: Model, question: Question, neurons: Sequence[Component]) -> Tensor:
+    method = method_named("log_prob_increase", "neuron")
+    batch = pad([question.ids], device=model.device)
+    candidates = all_candidates(model, [question], batch, {"neuron": [method]}, seed=0, steps=1)[0]["neuron"]
+    return score_candidates(method, candidates.take(candidates.places_of(neurons))).cpu()
+
+
+def scores_of(model: Model, prompt: str | Prompt, answer: str | None, neurons: Sequence[Component]) -> Tensor:
+    """Return the log-probability increase of chosen neurons of one prompt, (n,), float64, in nats.
+
+    Raises:
+        BadInputError: If one is no neuron, or not in the model or the prompt.
+    """
+    (item,) = prompts_with_answers(prompt, answer)
+    return on_site(model, _scores_of, question_of(model, item.text, item.answer), list(neurons))
+
+
+@overload
+def attribute(
+    model: Model,
+    prompt: str | Prompt,
+    answer: str | None = None,
+    *,
+    unit: str = "ffn",
+    method: str = "log_prob_increase",
+    k: int | None = 10,
+    seed: int = 0,
+    steps: int = 20,
+) -> Ranking: ...
+
+
+@overload
+def attribute(
+    model: Model,
+    prompt: list[str] | list[Prompt] | list[str | Prompt],
+    answer: str | Sequence[str] | None = None,
+    *,
+    unit: str = "ffn",
+    method: str = "log_prob_increase",
+    k: int | None = 10,
+    seed: int = 0,
+    steps: int = 20,
+) -> list[Ranking]: ...
+
+
+def attribute(
+    model: Model,
+    prompt: str | Prompt | list[str] | list[Prompt] | list[str | Prompt],
+    answer: str | Sequence[str] | None = None,
+    *,
+    unit: str = "ffn",
+    method: str = "log_prob_increase",
+    k: int | None = 10,
+    seed: int = 0,
+    steps: int = 20,
+) -> Ranking | list[Ranking]:
+    """Rank neurons, heads or layers by how much they do for the answer, at the last position of the prompt.
+
+    Args:
+        model: A loaded model.
+        prompt: A text that ends right before its answer, a :class:`Prompt`, or a list of either.
+        answer: One token with its leading space, or one per prompt; may be left out for :class:`Prompt`.
+        unit: ``"ffn"`` or ``"attention"`` neurons, ``"neuron"`` for both together, ``"head"``, ``"head_position"`` (one
+            head, one source position), or ``"layer"``.
+        method: A registered method.
+        k: How many to return; every one when ``None``.
+        seed: Seed for methods that draw random numbers.
+        steps: Points on the path of integrated gradients.
+
+    Returns:
+        One :class:`Ranking`, or a list of them for a list of prompts.
+
+    Raises:
+        BadInputError: If an argument cannot be used; the message says which and why.
+    """
+    chosen = unit_named(unit)
+    method_named(method, chosen)
+    prompts = prompts_with_answers(prompt, answer)
+    questions = [question_of(model, item.text, item.answer) for item in prompts]
+    rankings = ranked(model, questions, chosen, method, k, seed=seed, steps=steps, with_first_order=True)
+    return rankings[0] if isinstance(prompt, str | Prompt) else rankings
+
+
+def ranked(
+    model: Model,
+    questions: Sequence[Question],
+    unit: Unit,
+    method: str,
+    k: int | None,
+    *,
+    seed: int = 0,
+    steps: int = 20,
+    with_first_order: bool = False,
+) -> list[Ranking]:
+    """Return the ranking of each question, see :func:`attribute`; without first-order terms unless asked for."""
+    rankings: dict[int, Ranking] = {}
+
+    def picked(rows: list[int]) -> list[dict[Unit, dict[str, Picked]]]:
+        part, wanted = [questions[row] for row in rows], {unit: {method: k}}
+        return on_site(model, pick, part, wanted, seed=seed, steps=steps, with_first_order=with_first_order)
+
+    for rows, found in by_batch(model, [len(question.ids) for question in questions], picked):
+        for row, by_unit in zip(rows, found, strict=True):
+            rankings[row] = ranking_of(model, questions[row], unit, method, by_unit[unit][method])
+    return [rankings[row] for row in range(len(questions))]
+
+
+def ranking_of(model: Model, question: Question, unit: Unit, method: str, best: Picked) -> Ranking:
+    """Return what was picked for a question as a ranking."""
+    return Ranking(
+        prompt=question.text,
+        answer=question.answer,
+        answer_id=question.answer_id,
+        unit=unit,
+        method=method,
+        neurons=best.records,
+        scores=best.scores,
+        exact=best.certificate,
+        tokens=tuple(model.tokenizer.decode([token]) for token in question.ids),
+        first_order=best.first_order,
+    )

@@ -1,0 +1,496 @@
+"""The gate: what a run is worse at than a baseline, claim by claim and prompt by prompt. Pure; it knows no pytest."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from attribution.claims.judge import Evidence, Verdict
+from attribution.errors import BadInputError
+from attribution.gate.stored_run import DEFINING, Baseline, Key, is_finite, key_of, label, some
+from attribution.models.fingerprint import ModelFacts
+from attribution.wording import counted
+
+__all__ = ["ALLOWABLE", "ROUNDING", "Change", "Comparison", "Policy", "compare", "words_of"]
+
+ROUNDING = 1e-4
+"""How far two machines may differ on one prompt, in the unit of a claim: nats, or a probability, rank or share of 1.
+
+A float32 logit sums some n terms in an order that differs between machines, and rounding errors of n terms grow as
+sqrt(n) eps (Higham & Mary 2019). With n = 2 x 12 sublayers x 768 of width, the size of GPT-2 small, and logits of
+size 10 that is 136 * 6e-8 * 10 = 8e-5; with the bundled models' 2 x 8 x 128 it is 3e-5, where 1.2e-5 was measured
+between AVX and SSE instructions. Effects are differences of such log-probabilities, or flatter functions of them. What
+rounding may do beyond that, a neuron at place k + 1 that changes places with one at k, or a rank, it does to few
+prompts and in both directions: that is the interval's matter.
+"""
+
+ALLOWABLE = ("dtype", "device")
+"""What a comparison may differ in when asked to."""
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+# Fixed, so that a comparison does not change between two runs on the same numbers.
+RESAMPLING_SEED = 20241113
+# Resamples of fewer facts take too few values for an interval at this level.
+MIN_FACTS = 10
+# Of a resample, as a share of the sample's.
+LEAST_SPREAD = 0.5
+# Prompts of a claim, and claims of a method, that are shown.
+HURT, SHOWN = 4, 5
+
+Kind: TypeAlias = Literal["unchanged", "changed", "improved", "regressed"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What turns a run red.
+
+    Attributes:
+        verdicts: Asserted claims that are not supported.
+        regressions: Asserted claims that are worse than in the baseline.
+        tolerance: How much worse is not worth a word, in the unit of each claim.
+    """
+
+    verdicts: bool
+    regressions: bool
+    tolerance: float = ROUNDING
+
+    @classmethod
+    def of(cls, option: str | None, *, comparing: bool) -> Policy:
+        """Return the policy that ``--attribution-fail`` asks for.
+
+        Args:
+            option: Words separated by commas, or ``None`` for the default: all there is.
+            comparing: Whether the run is compared with a baseline.
+
+        Raises:
+            BadInputError: If it is none.
+        """
+        if option is None:
+            return cls(verdicts=True, regressions=comparing)
+        given = [word.partition(":") for word in option.split(",")]
+        words = words_of("--attribution-fail", ",".join(word for word, _, _ in given), ("verdicts", "regressions"))
+        tolerance = ROUNDING
+        for word, colon, number in given:
+            if colon:
+                tolerance = _tolerance(word, number)
+        if "regressions" in words and not comparing:
+            raise BadInputError(
+                f"--attribution-fail={option} asks for regressions, and nothing is compared; add --attribution-compare."
+            )
+        return cls("verdicts" in words, "regressions" in words, tolerance)
+
+
+def _tolerance(word: str, number: str) -> float:
+    try:
+        tolerance = float(number)
+    except ValueError:
+        tolerance = -1
+    if word != "regressions" or not 0 <= tolerance < math.inf:
+        raise BadInputError(
+            f"--attribution-fail has {word}:{number}; only regressions has a number, which is 0 or more, such as "
+            "regressions:0.01."
+        )
+    return tolerance
+
+
+def words_of(option: str, value: str | None, known: Collection[str]) -> tuple[str, ...]:
+    """Return the words of an option, each one of those it knows.
+
+    Raises:
+        BadInputError: If one is another.
+    """
+    words = tuple(value.split(",")) if value is not None else ()
+    for word in words:
+        if word not in known:
+            raise BadInputError(f"{option} has {word!r}; it knows {', '.join(known)}, separated by commas.")
+    return words
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one claim.
+
+    Attributes:
+        before: As the baseline has it.
+        after: As the run measured it.
+        kind: ``"unchanged"`` up to rounding on every prompt; ``"regressed"`` if the interval of the worsening lies
+            above the tolerance; ``"improved"`` if it lies below minus the tolerance; else ``"changed"``.
+        worsening: Mean over prompts, in the unit of the claim; positive is worse.
+        low: Lower end of its interval.
+        high: Upper end.
+        hurt: The prompts that lost most, with their effects before and after.
+    """
+
+    before: Verdict
+    after: Verdict
+    kind: Kind
+    worsening: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    hurt: tuple[tuple[str, float, float], ...] = ()
+
+    def sentence(self) -> str:
+        """Return which claim changed, what it measures, by how much, and on which prompts most."""
+        claim = self.after.claim
+        was, now = self.before.effect, self.after.effect
+        text = f"{label(key_of(self.after))}: {claim.effect} was {was:.4g} and is {now:.4g}"
+        if claim.test == "at_most":
+            return f"{text}, where at most {claim.threshold:g} is claimed; n = {self.after.n} prompts"
+        text += (
+            f", worse by {self.worsening:.3g} [{self.low:.3g}, {self.high:.3g}]; n = {self.after.n} prompts of "
+            f"{self.after.facts} facts"
+        )
+        if self.hurt:
+            text += "; hurt most: " + ", ".join(
+                f"{prompt!r} {before:.3g} -> {after:.3g}" for prompt, before, after in self.hurt
+            )
+        return text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run beside a baseline.
+
+    Attributes:
+        problems: Why the two cannot be compared, one sentence each; empty if they can.
+        changes: What became of each claim that could be compared.
+    """
+
+    problems: tuple[str, ...]
+    changes: tuple[Change, ...]
+
+    def of_kind(self, kind: Kind, *, asserted: bool) -> list[Change]:
+        """Return the changes of a kind, of claims that are asserted or of those that are only reported."""
+        return [each for each in self.changes if each.kind == kind and each.after.claim.asserted == asserted]
+
+    def lines(self, name: str, before: Baseline, after: Baseline) -> list[str]:
+        """Return the end of a run in words: what was compared, and what came of it.
+
+        Args:
+            name: Name of the baseline.
+            before: The baseline.
+            after: The run.
+        """
+        kinds = Counter(each.kind for each in self.changes)
+        worse, reported = (self.of_kind("regressed", asserted=asserted) for asserted in (True, False))
+        found = [
+            f"{len(self.changes)} of {len(before.verdicts)} claims of baseline {name!r} ({before.made}): "
+            f"{kinds['unchanged']} unchanged, {kinds['changed']} changed within their intervals, "
+            f"{kinds['improved']} improved, {len(worse)} regressed, {len(reported)} worse but only reported"
+        ]
+        other = [
+            f"{library} {version}, then {before.versions.get(library)}"
+            for library, version in after.versions.items()
+            if version != before.versions.get(library)
+        ]
+        if other:
+            found.append(f"made with other versions: {'; '.join(other)}")
+        found += [f"not comparable: {problem}" for problem in self.problems]
+        for what, changes in (("regressed", worse), ("worse, only reported", reported)):
+            found += _told(what, changes)
+        if self.problems or kinds["regressed"] or kinds["improved"]:
+            found.append(
+                f"to take this run as the new baseline: --attribution-save={name} --attribution-update, and commit the "
+                "file"
+            )
+        return found
+
+
+def _told(what: str, changes: Sequence[Change]) -> list[str]:
+    """Return a sentence for the surest changes of each method on each model, and the names of the rest."""
+    groups: dict[tuple[str, str], list[Change]] = defaultdict(list)
+    for each in changes:
+        groups[key_of(each.after)[:2]].append(each)
+    found = []
+    for group in groups.values():
+        # The one whose interval is farthest from zero, in its own widths.
+        ordered = sorted(group, key=lambda each: (each.high - each.low) / each.worsening if each.worsening else 0.0)
+        found += [f"{what}: {each.sentence()}" for each in ordered[:SHOWN]]
+        rest = [label(key_of(each.after)) for each in ordered[SHOWN:]]
+        if rest:
+            found.append(f"{what}: also {', '.join(rest)}")
+    return found
+
+
+def compare(
+    before: Baseline, after: Baseline, *, tolerance: float = ROUNDING, allow: Collection[str] = ()
+) -> Comparison:
+    """Pair a run with a baseline, claim by claim and prompt by prompt.
+
+    Worse means, on the mean over prompts: less, where a claim says "above"; farther from zero, where it says "within";
+    and above the bound although it was not, where it says "at most". It counts as a regression if the whole interval
+    of the worsening lies above the tolerance. The intervals are bootstrap-t intervals that resample facts, widened so
+    that those of all claims that changed hold together with 95% (Westfall & Young's max-T): a harmless
+    change is red in about 2.5% of cases at most however many claims there are, and claims that rise and fall together
+    cost little. Only the 97.5% quantile of a maximum is needed, which 9,999 resamples give; an interval at the level
+    of one among 300 claims (Bonferroni) would need half a million. Claims of the same facts are resampled together,
+    others independently, which errs on the wide side.
+
+    Args:
+        before: The baseline.
+        after: The run.
+        tolerance: How much worse is not worth a word, in the unit of each claim.
+        allow: Of :data:`ALLOWABLE`, what may differ. Weights are not compared across dtypes: they cannot be equal.
+    """
+    problems = _Problems()
+    comparable = {
+        name
+        for name in before.models.keys() & after.models.keys()
+        if _models_agree(name, before.models[name], after.models[name], allow, problems)
+    }
+    old, new = ({key_of(verdict): verdict for verdict in each.verdicts} for each in (before, after))
+    for key in sorted(old.keys() - new.keys()):
+        problems.add(
+            "was not measured, and the baseline has it; run the whole suite that the baseline was made from (pytest "
+            "test_faithfulness, without -k), and make a new baseline if it was renamed or dropped on purpose",
+            key,
+        )
+    for key in sorted(new.keys() - old.keys()):
+        problems.add(
+            "was measured, and the baseline does not have it; update the baseline to take it in, or leave it out of "
+            "the run",
+            key,
+        )
+    pairs = [
+        (old[key], new[key])
+        for key in sorted(old.keys() & new.keys())
+        if key[0] in comparable and _claims_agree(old[key], new[key], problems)
+    ]
+    return Comparison(problems.sentences(), tuple(_changes(pairs, tolerance)))
+
+
+class _Problems:
+    """Sentences about claims; claims with the same problem share one."""
+
+    def __init__(self) -> None:
+        self._claims: dict[str, list[Key | None]] = defaultdict(list)
+
+    def add(self, problem: str, key: Key | None = None) -> None:
+        self._claims[problem].append(key)
+
+    def sentences(self) -> tuple[str, ...]:
+        found = []
+        for problem, keys in self._claims.items():
+            labels = [label(key) for key in keys if key is not None]
+            found.append(f"{some(labels, 'claim')} {problem}." if labels else f"{problem}.")
+        return tuple(found)
+
+
+def _models_agree(
+    name: str, before: ModelFacts, after: ModelFacts, allow: Collection[str], problems: _Problems
+) -> bool:
+    agree = True
+    for field in ("dtype", "device"):
+        was, now = getattr(before, field), getattr(after, field)
+        if was != now and field not in allow:
+            agree = False
+            problems.add(
+                f"model {name!r} has the {field} {now!r}, and the baseline was made with {was!r}; use that, or pass "
+                f"--attribution-allow={field}"
+            )
+    if before.weights != after.weights and before.dtype == after.dtype:
+        agree = False
+        problems.add(
+            f"model {name!r} has the weights {after.weights[:19]}, and the baseline was made with "
+            f"{before.weights[:19]}; load those, or save a new baseline"
+        )
+    return agree
+
+
+def _claims_agree(before: Verdict, after: Verdict, problems: _Problems) -> bool:
+    """Say whether two verdicts are about the same claim, measured on the same prompts in the same way."""
+    key = key_of(after)
+    if not is_finite(after):
+        problems.add("has an effect that is NaN or infinite; find out what broke", key)
+        return False
+    different = [
+        (name.replace("_", " "), getattr(before.claim, name), getattr(after.claim, name))
+        for name in DEFINING
+        if not _agree(getattr(before.claim, name), getattr(after.claim, name))
+    ]
+    different += [
+        (name, was, now)
+        for name, was, now in (("seed", before.seed, after.seed), ("number of prompts", before.n, after.n))
+        if was != now and (name == "seed" or before.evidence is None or after.evidence is None)
+    ]
+    for name, was, now in different:
+        problems.add(
+            f"has another {name} than in the baseline, {now!r} instead of {was!r}; measure what the baseline did, or "
+            "save a new one",
+            key,
+        )
+    if different:
+        return False
+    if before.evidence is None or after.evidence is None:
+        return True  # Of a claim that says "at most", as the definitions agree.
+    was, now = (dict(zip(each.prompts, each.facts, strict=True)) for each in (before.evidence, after.evidence))
+    lost, gained = sorted(was.keys() - now.keys()), sorted(now.keys() - was.keys())
+    if lost or gained:
+        parts = [f"lacks {len(lost)} of the {len(was)} prompts of the baseline, such as {lost[0]!r}"] if lost else []
+        if gained:
+            parts.append(f"has {counted(len(gained), 'prompt')} that the baseline has not, such as {gained[0]!r}")
+        problems.add(f"{' and '.join(parts)}; measure on the prompts of the baseline, or save a new one", key)
+        return False
+    moved = next((prompt for prompt in sorted(was) if was[prompt] != now[prompt]), None)
+    if moved is not None:
+        problems.add(
+            f"counts the prompt {moved!r} to the fact {now[moved]!r}, and the baseline to {was[moved]!r}; undo that, "
+            "or save a new one",
+            key,
+        )
+    if (before.evidence.baselines is None) != (after.evidence.baselines is None):
+        problems.add(
+            "is a ratio in only one of run and baseline; measure what the baseline did, or save a new one", key
+        )
+        return False
+    return moved is None
+
+
+def _agree(was: object, now: object) -> bool:
+    # A bound on rounding errors is computed from what it bounds, and is rounded itself.
+    if isinstance(was, float) and isinstance(now, float):
+        return math.isclose(was, now, rel_tol=ROUNDING)
+    return was == now
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """A claim that changed: its facts, and the worsening on each prompt."""
+
+    before: Verdict
+    after: Verdict
+    prompts: tuple[str, ...]
+    facts: tuple[str, ...]
+    was: npt.NDArray[np.float64]
+    now: npt.NDArray[np.float64]
+    worse: npt.NDArray[np.float64]
+
+
+def _changes(pairs: Sequence[tuple[Verdict, Verdict]], tolerance: float) -> Iterator[Change]:
+    paired: dict[Key, _Paired] = {}
+    for before, after in pairs:
+        if after.claim.test != "at_most":
+            each = _paired(before, after)
+            if np.abs(each.now - each.was).max(initial=0) > min(tolerance, ROUNDING):
+                paired[key_of(after)] = each
+    intervals = dict(zip(paired, _intervals(list(paired.values())), strict=True))
+    for before, after in pairs:
+        if after.claim.test == "at_most":
+            yield Change(before, after, _exact_kind(before, after))
+        elif key_of(after) not in paired:
+            yield Change(before, after, "unchanged")
+        else:
+            each, (mean, low, high) = paired[key_of(after)], intervals[key_of(after)]
+            worst = [place for place in np.argsort(-each.worse, kind="stable")[:HURT] if each.worse[place] > 0]
+            yield Change(
+                before,
+                after,
+                "regressed" if low > tolerance else "improved" if high < -tolerance else "changed",
+                mean,
+                low,
+                high,
+                tuple((each.prompts[place], float(each.was[place]), float(each.now[place])) for place in worst),
+            )
+
+
+def _exact_kind(before: Verdict, after: Verdict) -> Kind:
+    if after.n == 0:
+        # Before, too: the numbers of prompts agree.
+        return "unchanged"
+    bound = after.claim.threshold
+    kept, keeps = before.effect <= bound, after.effect <= bound
+    return "unchanged" if kept == keeps else "improved" if keeps else "regressed"
+
+
+def _paired(before: Verdict, after: Verdict) -> _Paired:
+    """Return two measurements of a claim in its unit, prompt by prompt."""
+    assert before.evidence is not None
+    assert after.evidence is not None
+    place = {prompt: number for number, prompt in enumerate(after.evidence.prompts)}
+    order = [place[prompt] for prompt in before.evidence.prompts]
+    was = _in_unit(before.evidence)
+    now = _in_unit(after.evidence)[order]
+    if after.claim.test == "within":
+        # |mean now| - |mean before|: what counts is the distance from zero, on whichever side.
+        worse = math.copysign(1, now.sum()) * now - math.copysign(1, was.sum()) * was
+    else:
+        worse = was - now
+    return _Paired(before, after, before.evidence.prompts, before.evidence.facts, was, now, worse)
+
+
+def _in_unit(evidence: Evidence) -> npt.NDArray[np.float64]:
+    """Return effects whose mean is the claim's effect: those of a ratio are divided by the mean of its baselines."""
+    effects = np.asarray(evidence.effects, dtype=np.float64)
+    if evidence.baselines is None or not len(effects):
+        return effects
+    return np.asarray(effects / np.mean(evidence.baselines))
+
+
+def _intervals(paired: Sequence[_Paired]) -> list[tuple[float, float, float]]:
+    """Return mean worsening and the ends of its interval for each claim; all intervals hold together.
+
+    With fewer than ten facts there is no interval: both ends are the mean, and every worsening counts.
+    """
+    groups: dict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
+    for number, each in enumerate(paired):
+        groups[each.after.model, each.facts].append(number)
+    rng = np.random.default_rng(RESAMPLING_SEED)
+    most, least = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    means, errors = np.zeros(len(paired)), np.zeros(len(paired))
+    for (_, facts), members in groups.items():
+        names, cluster = np.unique(np.asarray(facts, dtype=str), return_inverse=True)
+        size = np.bincount(cluster).astype(np.float64)
+        sums = np.stack([np.bincount(cluster, paired[member].worse) for member in members], axis=1)
+        mean = sums.sum(0) / size.sum()
+        means[members] = mean
+        if len(names) < MIN_FACTS:
+            continue
+        spread = sums - mean * size[:, None]
+        errors[members] = np.sqrt((spread**2).sum(0)) / size.sum()
+        upper, lower = _extremes(spread, size, rng)
+        most, least = np.maximum(most, upper), np.minimum(least, lower)
+    above = float(np.quantile(most, (1 + CONFIDENCE) / 2, method="higher"))
+    below = float(np.quantile(least, (1 - CONFIDENCE) / 2, method="lower"))
+    found = []
+    for mean, error in zip(means.tolist(), errors.tolist(), strict=True):
+        # The same worsening of every fact leaves no error, whatever it is multiplied by.
+        found.append((mean, mean - above * error, mean - below * error) if error else (mean, mean, mean))
+    return found
+
+
+def _extremes(
+    spread: npt.NDArray[np.float64], size: npt.NDArray[np.float64], rng: np.random.Generator
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return, for each resample of facts, the largest and the smallest t = (mean* - mean) / se* over the claims.
+
+    Args:
+        spread: Sum over the prompts of each fact of (worsening - mean), (facts, claims).
+        size: Number of prompts of each fact, (facts,).
+        rng: Where draws come from.
+    """
+    count = len(spread)
+    # A resample that missed the few facts which changed has next to no spread, and t would be without bound: one
+    # claim of that kind would then widen the intervals of all. At least half the sample's spread is taken.
+    least_variance = LEAST_SPREAD**2 * (spread**2).sum(0)
+    largest, smallest = np.empty(RESAMPLES), np.empty(RESAMPLES)
+    step = max(1, 2_000_000 // count)
+    for start in range(0, RESAMPLES, step):
+        rows = min(step, RESAMPLES - start)
+        draws = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+        times = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
+        total, prompts = times @ spread, (times @ size)[:, None]
+        shift = total / prompts
+        # Sum of (spread - shift * size)^2 over the facts of a resample.
+        squares, mixed = times @ spread**2, times @ (spread * size[:, None])
+        variance = squares - 2 * shift * mixed + shift**2 * (times @ size**2)[:, None]
+        error = np.sqrt(np.maximum(variance, least_variance))
+        t = np.divide(total, error, out=np.zeros_like(total), where=error > 0)
+        largest[start : start + rows], smallest[start : start + rows] = t.max(1), t.min(1)
+    return largest, smallest

@@ -1,0 +1,164 @@
+"""Where baselines are kept: one file each in a folder of their own, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from attribution.errors import BadInputError
+from attribution.gate.stored_run import Baseline, dumps, key_of, label, loads, some
+
+__all__ = ["FOLDER", "baseline_named", "names_in", "path_of", "prune", "read", "save"]
+
+FOLDER = ".attribution"
+"""Folder of baselines, in pytest's root folder."""
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """Return the file of a baseline.
+
+    Raises:
+        BadInputError: If the name cannot be that of a file.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise BadInputError(
+            f"{name!r} cannot be the name of a baseline; use letters, digits, '.', '_' and '-', such as 'main'."
+        )
+    return folder / f"{name}.json"
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the baselines in a folder, readable or not."""
+    return sorted(path.stem for path in folder.glob("*.json"))
+
+
+def read(folder: Path, name: str) -> Baseline:
+    """Return a baseline.
+
+    Raises:
+        BadInputError: If there is none of that name, or it cannot be trusted.
+    """
+    path = path_of(folder, name)
+    if not path.is_file():
+        there = ", ".join(names_in(folder)) or "none"
+        raise BadInputError(
+            f"there is no baseline {name!r} in {folder} (there: {there}); save one with --attribution-save={name}."
+        )
+    try:
+        return loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as error:
+        why = "is not a text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).rstrip(".")
+        raise BadInputError(
+            f"the baseline {path} cannot be used, it {why}; restore it from version control, or remove it with "
+            f"'python -m attribution baselines prune {name}' and save a new one."
+        ) from None
+
+
+def baseline_named(folder: Path, name: str) -> str:
+    """Return the name of a baseline; of the only one there is when it is empty.
+
+    Raises:
+        BadInputError: If it is empty and there is not exactly one.
+    """
+    if name:
+        return name
+    there = names_in(folder)
+    if len(there) != 1:
+        raise BadInputError(
+            f"--attribution-compare without a name needs exactly one baseline in {folder}, and there are {len(there)} "
+            f"({', '.join(there) or 'none'}); "
+            + ("name one: --attribution-compare=NAME." if there else "save one with --attribution-save=NAME.")
+        )
+    return there[0]
+
+
+def save(folder: Path, name: str, baseline: Baseline, *, update: bool) -> bool:
+    """Write a baseline: all of it or, whatever happens, nothing.
+
+    It is written to a file beside it, which then takes its place in one step. Writers wait for each other.
+
+    Args:
+        folder: Where baselines are kept.
+        name: Its name.
+        baseline: What to keep.
+        update: Whether one of the same name may be replaced.
+
+    Returns:
+        Whether there was none of that name.
+
+    Raises:
+        BadInputError: If there is one that may not be replaced or that has claims which this one lacks, or if nothing
+            or no number was measured.
+    """
+    path = path_of(folder, name)
+    if not baseline.verdicts:
+        raise BadInputError(f"baseline {name!r} was not saved: no gated claim was measured; run claims about methods.")
+    text = dumps(baseline)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder):
+        new = not path.exists()
+        if not new:
+            _require_replaceable(folder, name, baseline, update)
+        unfinished = path.with_suffix(".json.tmp")
+        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            # Before the name points to it: after a power cut the file must hold what it is said to hold.
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    return new
+
+
+def _require_replaceable(folder: Path, name: str, baseline: Baseline, update: bool) -> None:
+    if not update:
+        raise BadInputError(
+            f"baseline {name!r} exists and was not replaced; add --attribution-update to replace it, or choose another "
+            "name."
+        )
+    lost = sorted({key_of(each) for each in read(folder, name).verdicts} - {key_of(each) for each in baseline.verdicts})
+    if lost:
+        raise BadInputError(
+            f"baseline {name!r} was not replaced: it has {some(map(label, lost), 'claim')} that this run did not "
+            "measure; run the whole suite that it was made from, or, if they are gone on purpose, remove it with "
+            f"'python -m attribution baselines prune {name}' and save it anew."
+        )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder against other writers. The system lets go of it when a process dies, in whatever way."""
+    if sys.platform == "win32":
+        # A folder cannot be locked there: replacing stays one step, but of two updates at once the later one wins.
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+        # The new name is on the disk as well.
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def prune(folder: Path, names: Sequence[str]) -> None:
+    """Remove baselines, all of them or none.
+
+    Raises:
+        BadInputError: If one does not exist.
+    """
+    paths = [path_of(folder, name) for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if not path.is_file():
+            there = ", ".join(names_in(folder)) or "none"
+            raise BadInputError(
+                f"there is no baseline {name!r} in {folder} (there: {there}); nothing was removed, name one of those."
+            )
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,245 @@
+"""Load a model by name: bundled, from a folder, or from the Hugging Face hub, all through the same code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from attribution.errors import AttributionError, BadInputError, ModelError, UnsupportedModelError
+from attribution.models.anatomy import read_anatomy
+from attribution.models.families import FAMILIES, family_of
+from attribution.models.hub import Fetched, cause_of, fetch, weights_file
+from attribution.models.model import BatchSize, Model
+from attribution.models.opening import SPREAD, open_elsewhere, open_network
+from attribution.models.registry import BUNDLED, DTYPES, entry_of, registry
+
+__all__ = ["load", "locate"]
+
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+
+
+def load(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    remote: bool | str = False,
+    models_dir: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+    batch_tokens: int | None = None,
+) -> Model:
+    """Load a model.
+
+    From the hub come a config, a tokenizer and safetensors of one commit, verified and kept in the hub's cache. Code
+    from a model's repository is never run, and there is no switch for it: an architecture that comes as code has no
+    anatomy here, so its neurons could not be attributed anyway.
+
+    Args:
+        name: ``"bundled:gpt2"`` or ``"bundled:llama"``; a registered name such as ``"gpt2"``; a hub id
+            ``"org/name"``; or a folder in the layout of ``save_pretrained``.
+        device: Where the weights go; ``"cpu"`` when ``None``. ``"auto"`` spreads them over all accelerators and, if
+            they do not hold them, memory (what is left on disk is refused); ``"tensor_parallel"`` over the processes
+            that torchrun started, each of which then makes the same calls and gets the same results.
+        dtype: Type of the weights, or its name; when ``None``, that of the registry, and float32 for a model that is
+            not registered. Scores are computed in float64 whatever it is.
+        revision: Branch, tag or commit on the hub; when ``None``, the registered one or else the default branch.
+        remote: ``True`` for a model whose weights stay on NDIF: only its config and tokenizer are fetched, and
+            :func:`attribution.attribute`, ``query``, ``ablate`` and ``evaluate`` run there as nnsight sessions; the
+            address of another server of that kind; or ``"local"`` to load it here and run the same sessions here, sent
+            through serialisation.
+        models_dir: Folder of model folders, looked in before the hub: ``models_dir/gpt2`` and so on; the
+            environment variable ``ATTRIBUTION_MODELS`` when ``None``.
+        allow_pickle: Read pickled weights (``pytorch_model.bin``) where there are no safetensors.
+        batch_tokens: Tokens in one forward pass, padding included; when ``None``, 1,024 on a processor, and on an
+            accelerator as many as a quarter of its free memory is taken to hold. When memory runs out the number is
+            halved, with a :class:`attribution.engine.batching.SmallerBatchWarning`.
+
+    Raises:
+        BadInputError: If an argument cannot be used.
+        ModelError: If the model cannot be found, fetched or loaded.
+        UnsupportedModelError: If its architecture has no anatomy.
+    """
+    _check_names(name, revision)
+    if batch_tokens is not None and not (type(batch_tokens) is int and batch_tokens > 0):
+        raise BadInputError(f"batch_tokens = {batch_tokens!r} is no number of tokens; use 1 or more, or leave it out.")
+    batch = BatchSize(batch_tokens or 0)
+    if remote and remote != "local":
+        return _load_remote(name, remote, device=device, dtype=dtype, revision=revision, batch=batch)
+    place = device if isinstance(device, str) and device in SPREAD else _device(device)
+    kind = _dtype(dtype if dtype is not None else entry_of(name).dtype)
+    source = _find(name, models_dir)
+    fetched = locate(name, revision=revision, models_dir=models_dir, allow_pickle=allow_pickle)
+    folder, commit = fetched.folder, fetched.commit
+    try:
+        _refuse_code(folder, name)
+        family_of(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
+        pickled = allow_pickle and weights_file({each.name for each in folder.iterdir()}, allow_pickle=False) is None
+        network = open_network(folder, dtype=kind, device=place, pickled=pickled)
+    except AttributionError:
+        raise
+    except Exception as error:  # safetensors and transformers raise many kinds; each gets one sentence.
+        raise ModelError(_why_not(name, folder, error, from_hub=bool(commit))) from None
+    anatomy = read_anatomy(network._module, name)
+    return Model(name, network, anatomy, network.tokenizer, str(source), commit, remote, batch)
+
+
+def _load_remote(
+    name: str,
+    remote: bool | str,
+    *,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    revision: str | None,
+    batch: BatchSize,
+) -> Model:
+    """Return a model whose weights stay elsewhere, made of its config and tokenizer on the hub."""
+    if device is not None or dtype is not None:
+        raise BadInputError(
+            f"device {device!r} and dtype {dtype!r} would be ignored, as the weights of model {name!r} stay where they "
+            "are; leave both out, or load it here with remote=False."
+        )
+    if isinstance(remote, str) and not remote.startswith(("http://", "https://")):
+        raise BadInputError(f"remote={remote!r} is no place of a model; use True, 'local' or an address 'https://...'.")
+    source = _find(name, None)
+    if isinstance(source, Path):
+        raise BadInputError(
+            f"model {name!r} is the folder {str(source)!r}, which no other machine has; name a model of the hub, or "
+            "load it here with remote=False."
+        )
+    try:
+        network = open_elsewhere(source, revision=revision)
+        anatomy = read_anatomy(network._module, name, check=False)
+    except AttributionError:
+        raise
+    except Exception as error:  # As above.
+        raise ModelError(
+            f"the config and tokenizer of model {name!r} cannot be fetched from the hub ({type(error).__name__}: "
+            f"{cause_of(error)}); go online, log in if the model is gated, or load it here with remote=False."
+        ) from None
+    return Model(name, network, anatomy, network.tokenizer, source, revision or "", remote, batch)
+
+
+def locate(
+    name: str,
+    *,
+    revision: str | None = None,
+    models_dir: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+) -> Fetched:
+    """Return the folder that holds a model's files, downloaded if need be, without loading it.
+
+    Args:
+        name: See :func:`load`, as for the others.
+        revision: Branch, tag or commit on the hub.
+        models_dir: Folder of model folders.
+        allow_pickle: Take pickled weights where there are no safetensors.
+
+    Raises:
+        BadInputError: If an argument cannot be used.
+        ModelError: If the model cannot be found or fetched.
+    """
+    _check_names(name, revision)
+    source = _find(name, models_dir)
+    if isinstance(source, str):
+        asked = revision or entry_of(name).revision or None
+        return fetch(source, asked, name=name, allow_pickle=allow_pickle)
+    if revision is not None:
+        raise BadInputError(
+            f"revision {revision!r} would be ignored, as model {name!r} is the folder {str(source)!r}; leave the "
+            "revision out, or load it from the hub."
+        )
+    return Fetched(source, "")
+
+
+def _check_names(name: object, revision: object) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise BadInputError(f"model name {name!r} is not a name; use {', '.join(registry())} or a folder.")
+    if revision is not None and (not isinstance(revision, str) or not revision.strip()):
+        raise BadInputError(f"revision {revision!r} is not a name; use a branch, tag or commit, or leave it out.")
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    """Return a device that is there."""
+    if given is None:
+        return torch.device("cpu")
+    there = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        there += [accelerator.type, *(f"{accelerator.type}:{each}" for each in range(torch.accelerator.device_count()))]
+    try:
+        device = torch.device(given)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # Each backend complains in its own way.
+        raise BadInputError(
+            f"device {str(given)!r} is not one that torch has here ({cause_of(error)}); use one of {', '.join(there)}."
+        ) from None
+    return device
+
+
+def _dtype(given: torch.dtype | str) -> torch.dtype:
+    """Return a type of weights by itself or by name."""
+    named = _DTYPES.get(given) if isinstance(given, str) else given
+    if named is None or named not in _DTYPES.values():
+        raise BadInputError(f"dtype {given!r} is no type of weights here; use one of {', '.join(_DTYPES)}.")
+    return named
+
+
+def _refuse_code(folder: Path, name: str) -> None:
+    """Complain of an architecture that comes as code; where transformers has it too, that is used instead."""
+    config, _ = PretrainedConfig.get_config_dict(folder)
+    if "auto_map" in config and config.get("model_type") not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model {name!r} needs code of its own repository (auto_map in its config.json), which is never run; use a "
+            f"model of one of the families {', '.join(sorted(FAMILIES))}."
+        )
+
+
+def _why_not(name: str, folder: Path, error: Exception, *, from_hub: bool) -> str:
+    """Return one sentence on why a model cannot be loaded, with what to do."""
+    cause = f"{type(error).__name__}: {cause_of(error)}"
+    if from_hub:
+        return (
+            f"model {name!r} cannot be loaded from its copy in the hub's cache ({cause}); choose another revision or "
+            f"model, or remove {str(folder.parents[1])!r} to download it again."
+        )
+    return (
+        f"model {name!r} cannot be loaded from the folder {str(folder)!r} ({cause}); it must hold config.json, "
+        "model.safetensors and a tokenizer, as save_pretrained writes them."
+    )
+
+
+def _find(name: str, models_dir: str | os.PathLike[str] | None) -> Path | str:
+    """Return the folder, as a path, or the hub id, as a string, that a name stands for."""
+    entries = registry()
+    if name.startswith(BUNDLED):
+        if name not in entries:
+            bundled = ", ".join(entry for entry in entries if entry.startswith(BUNDLED))
+            raise ModelError(f"model {name!r} is not bundled; use one of {bundled}.")
+        folder = entries[name].folder
+        if not folder.is_dir():
+            raise ModelError(f"model {name!r} is missing from {folder}; reinstall the package or train it again.")
+        return folder
+    directory = models_dir or os.environ.get("ATTRIBUTION_MODELS")
+    if directory:
+        local = Path(directory) / name
+        if local.is_dir():
+            return local
+        if name in entries:
+            raise ModelError(
+                f"model {name!r} is not in the models folder {str(directory)!r}; put its files in {local}, or leave "
+                "--models-dir and ATTRIBUTION_MODELS out to use the hub."
+            )
+    if Path(name).is_dir():
+        return Path(name)
+    if name in entries:
+        return Path(entries[name].source) if entries[name].local else entries[name].source
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.count("/") == 0:
+        raise ModelError(
+            f"model {name!r} is neither a folder nor a known name; use {', '.join(entries)}, a folder, or a hub id "
+            "such as 'org/name'."
+        )
+    return name

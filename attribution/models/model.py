@@ -1,0 +1,135 @@
+"""A loaded model: its network under nnsight, its anatomy and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+
+from attribution.models.anatomy import Anatomy, read_anatomy
+from attribution.models.registry import BUNDLED
+
+T = TypeVar("T")
+
+__all__ = [
+    "CHUNK_TOKENS",
+    "BatchSize",
+    "Model",
+    "batch_tokens_for",
+]
+
+
+@dataclass
+class BatchSize:
+    """How many tokens one forward pass holds.
+
+    Attributes:
+        tokens: The number, padding included; 0 for what :func:`batch_tokens_for` says.
+    """
+
+    tokens: int = 0
+
+
+# Large enough to keep two cores busy, small enough that what one layer of the bundled models hands to the next stays in
+# a processor's cache (half or twice as many took a sixth longer).
+CHUNK_TOKENS = 1024
+
+
+# Of an accelerator's free memory, what a pass may take; the rest is for blocks of scores and for what is not reckoned.
+_SHARE_OF_MEMORY = 0.25
+
+
+_LARGEST_BATCH = 2**15
+
+
+def _processor(device: torch.device) -> bool:
+    # Of weights that are elsewhere nothing is known: what fits there is found out.
+    return device.type in ("cpu", "meta")
+
+
+def batch_tokens_for(anatomy: Anatomy) -> int:
+    """Return how many tokens one forward pass is given: a fixed number on a processor, on an accelerator by its memory.
+
+    A pass of one token keeps the values of every layer, and on the way the widest of what one block computes: about
+    four times its coefficients and eight times the stream.
+    """
+    device = anatomy.readout.unembedding.device
+    if _processor(device):
+        return CHUNK_TOKENS
+    free, _ = torch.accelerator.memory.get_memory_info(device)
+    numbers = anatomy.layers * anatomy.heads * anatomy.head_dim + 4 * anatomy.ffn_neurons + 8 * anatomy.width
+    per_token = numbers * anatomy.readout.unembedding.element_size()
+    return int(min(max(_SHARE_OF_MEMORY * free / per_token, 1), _LARGEST_BATCH))
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model, read-only.
+
+    Attributes:
+        name: The name it was loaded by.
+        network: The model under nnsight.
+        anatomy: Sizes, weights and module paths.
+        tokenizer: Its tokenizer.
+        source: The folder or the hub id that it was loaded from.
+        revision: The commit on the hub that was loaded; empty for a folder.
+        remote: Where its weights are: here if ``False``; otherwise what :func:`load` was told.
+        batch: How many tokens fit one forward pass, see :attr:`batch_tokens`.
+    """
+
+    name: str
+    network: Any = field(repr=False)
+    anatomy: Anatomy
+    tokenizer: Any = field(repr=False)
+    source: str = ""
+    revision: str = ""
+    remote: bool | str = False
+    batch: BatchSize = field(default_factory=BatchSize, repr=False)
+    _made: dict[Callable[[Model], Any], Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what the network holds: on the other side it is another one, with weights."""
+        kept = ("name", "network", "source", "revision", "batch")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        network = state["network"]
+        anatomy = read_anatomy(network._module, state["name"], check=False)
+        self.__dict__.update(state, anatomy=anatomy, tokenizer=network.tokenizer, remote=False, _made={})
+
+    @cached_property
+    def on_site(self) -> Model:
+        """The same model for what runs where its weights are, see :func:`attribution.models.running.on_site`."""
+        return replace(self, remote=False)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in one forward pass, padding included: as given, or what memory is taken to hold."""
+        return self.batch.tokens or batch_tokens_for(self.anatomy)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.anatomy.readout.unembedding.device
+
+    def described(self) -> str:
+        """Return in words what was loaded."""
+        dtype = str(self.anatomy.readout.unembedding.dtype).removeprefix("torch.")
+        whence = [f"{self.source} at {self.revision}"] if self.revision else []
+        if not (whence or self.name.startswith(BUNDLED) or self.source in ("", self.name)):
+            whence = [self.source]
+        return f"{self.name}: {', '.join([*whence, f'{dtype} on {self.device}'])}"
+
+    def once(self, compute: Callable[[Model], T]) -> T:
+        """Return what a function makes of this model: made when first asked for, and kept as long as the model."""
+        if compute not in self._made:
+            self._made[compute] = compute(self)
+        made: T = self._made[compute]
+        return made
+
+    def forget(self) -> None:
+        """Drop all that :meth:`once` made, after the weights were edited."""
+        self._made.clear()

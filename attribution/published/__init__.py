@@ -1,1 +1,0 @@
-"""What the authors' notebooks printed, recomputed by this engine and compared digit by digit."""

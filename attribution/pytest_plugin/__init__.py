@@ -1,0 +1,5 @@
+"""The pytest plugin: options, chosen models, fixtures, and what is gathered while tests run.
+
+`attribution.plugin` is its public address. torch and nnsight are imported inside fixtures, so that a test run that uses
+none of them pays nothing.
+"""

@@ -1,0 +1,224 @@
+"""What gathers verdicts while pytest runs: the table, the report and the gate, each written when the run ends.
+
+Plugins of the one process that writes. Workers of a distributed run send what they measured with the reports of tests.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from attribution.errors import AttributionError
+from attribution.wording import counted
+
+if TYPE_CHECKING:
+    from attribution.claims.exhibits import Exhibit
+    from attribution.gate.stored_run import Baseline
+
+__all__ = ["COMPARE", "EXHIBIT", "LOADED", "MEASURED", "REPORT", "SAVE", "VERDICT", "Gate", "Report", "VerdictTable"]
+
+SAVE, COMPARE = "--attribution-save", "--attribution-compare"
+REPORT = "--attribution-report"
+
+# Properties of a test's report, by what they hold.
+VERDICT = "attribution_verdict"
+MEASURED = "attribution_measured"
+EXHIBIT = "attribution_exhibit"
+LOADED = "attribution_loaded"
+
+
+def _loaded(report: pytest.TestReport) -> dict[str, str]:
+    """Return what was loaded, in words, by the model's name."""
+    return {name: text for what, value in report.user_properties if what == LOADED for name, text in value.items()}  # type: ignore[attr-defined]
+
+
+class VerdictTable:
+    """Collects verdicts from the reports of tests, in the order they come in, and prints them at the end."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, str]] = []
+        self._loaded: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self._rows += [value for name, value in report.user_properties if name == VERDICT]  # type: ignore[misc]
+            self._loaded.update(_loaded(report))
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if not self._rows:
+            return
+        from attribution.report.verdicts import verdict_table
+
+        terminalreporter.section("attribution: claims and verdicts")
+        for name in sorted(self._loaded):
+            terminalreporter.write_line(self._loaded[name])
+        if self._loaded:
+            terminalreporter.write_line("")
+        terminalreporter.write_line(verdict_table(self._rows).lstrip("\n"))
+
+
+class Report:
+    """Gathers verdicts and exhibits from the reports of tests; writes them as a page at the end."""
+
+    def __init__(self, folder: str) -> None:
+        self._shown = Path(folder)
+        # A test may change the working directory.
+        self._folder = self._shown.absolute()
+        try:
+            if not folder:
+                raise FileNotFoundError("no folder is named")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # One that exists may still take no files.
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise pytest.UsageError(f"{REPORT}={folder} cannot be written ({error}); name a folder that can.") from None
+        self._rows: list[dict[str, str]] = []
+        self._exhibits: dict[tuple[str, str], Exhibit] = {}
+        self._loaded: dict[str, str] = {}
+        self._line = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        from attribution.claims.exhibits import Exhibit
+
+        if report.when != "call":
+            return
+        self._loaded.update(_loaded(report))
+        for name, value in report.user_properties:
+            if name == VERDICT:
+                self._rows.append(value)  # type: ignore[arg-type]
+            elif name == EXHIBIT:
+                exhibit = Exhibit.of_json(value)  # type: ignore[arg-type]
+                # Each worker that came to it sent one.
+                self._exhibits.setdefault((exhibit.name, exhibit.model), exhibit)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        from attribution.report.run_page import run_header, write_report
+
+        exhibits = list(self._exhibits.values())
+        try:
+            write_report(self._folder, self._rows, exhibits, run_header(self._rows, exhibits, self._loaded))
+        except OSError as error:
+            self._line = f"report: not written ({error})"
+            if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        else:
+            self._line = f"report: {self._shown / 'index.html'}"
+
+    # Below the tables, where it is seen.
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        terminalreporter.write_line(self._line)
+
+
+class Gate:
+    """Gathers what was measured from the reports of tests; compares and saves it at the end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from attribution.gate.comparison import ALLOWABLE, Policy, words_of
+        from attribution.gate.storage import FOLDER, baseline_named, path_of, read
+
+        self._folder = config.rootpath / FOLDER
+        self._save: str | None = config.option.attribution_save
+        self._update: bool = bool(config.option.attribution_update)
+        compared: str | None = config.option.attribution_compare
+        self._policy = Policy.of(config.option.attribution_fail, comparing=compared is not None)
+        self._allow = words_of("--attribution-allow", config.option.attribution_allow, ALLOWABLE)
+        if self._allow and compared is None:
+            raise pytest.UsageError(f"--attribution-allow is about a comparison; add {COMPARE}, or leave it out.")
+        if self._update and self._save is None:
+            raise pytest.UsageError(f"--attribution-update has nothing to write; add {SAVE}=NAME, or leave it out.")
+        # Whatever can be refused now need not wait until all is measured.
+        self._name: str = "" if compared is None else baseline_named(self._folder, compared)
+        self._baseline: Baseline | None = None if compared is None else read(self._folder, self._name)
+        if self._save is not None and path_of(self._folder, self._save).exists() and not self._update:
+            raise pytest.UsageError(
+                f"baseline {self._save!r} exists; add --attribution-update to replace it, or choose another name."
+            )
+        self._records: list[dict[str, Any]] = []
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._broken: list[str] = []
+        self._lines: list[str] = []
+        self._red: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        recorded = False
+        for name, value in report.user_properties:
+            recorded |= name == VERDICT
+            if name == MEASURED and report.when == "call":
+                self._records.append(value["record"])  # type: ignore[index]
+                self._facts[value["record"]["model"]] = value["facts"]  # type: ignore[index]
+        if report.failed and not recorded:
+            self._broken.append(report.nodeid)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        from attribution.gate.stored_run import baseline_of
+        from attribution.models.fingerprint import ModelFacts
+
+        if self._save is None and self._baseline is None:
+            return
+        try:
+            run = baseline_of(self._records, {name: ModelFacts(**facts) for name, facts in self._facts.items()})
+            if self._baseline is not None:
+                self._compare(self._baseline, run)
+            if self._save is not None:
+                self._write(self._save, run, session)
+        except AttributionError as error:
+            self._fail("what was measured makes no baseline", str(error))
+        if self._red:
+            if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            session.shouldfail = session.shouldfail or f"attribution gate: {', '.join(self._red)}"
+
+    def _fail(self, short: str, sentence: str) -> None:
+        self._red.append(short)
+        self._lines.append(sentence)
+
+    def _compare(self, before: Baseline, run: Baseline) -> None:
+        from attribution.gate.comparison import compare
+
+        comparison = compare(before, run, tolerance=self._policy.tolerance, allow=self._allow)
+        self._lines += comparison.lines(self._name, before, run)
+        if comparison.problems:
+            self._red.append(f"not comparable with baseline {self._name!r}")
+        worse = len(comparison.of_kind("regressed", asserted=True))
+        if worse and self._policy.regressions:
+            self._red.append(f"{worse} worse than in baseline {self._name!r}")
+
+    def _write(self, name: str, run: Baseline, session: pytest.Session) -> None:
+        from attribution.gate.storage import path_of, save
+
+        short = f"baseline {name!r} was not saved"
+        if self._broken:
+            self._fail(
+                short,
+                f"{short}: {counted(len(self._broken), 'test')} failed before anything was measured, such as "
+                f"{self._broken[0]}; a baseline needs a whole run.",
+            )
+            return
+        if session.shouldstop or session.shouldfail or session.exitstatus not in (0, 1, 5):
+            self._fail(short, f"{short}: the run was cut short; a baseline needs a whole run.")
+            return
+        try:
+            new = save(self._folder, name, run, update=self._update)
+        except (AttributionError, OSError) as error:
+            self._fail(short, str(error))
+            return
+        path = path_of(self._folder, name)
+        self._lines.append(f"wrote {counted(len(run.verdicts), 'claim')} to {path}")
+        if new and not self._update:
+            self._fail(
+                f"baseline {name!r} is new",
+                f"baseline {name!r} is new, and nothing was compared with it: read {path}, commit it, and compare the "
+                f"next run by {COMPARE}={name}.",
+            )
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self._lines:
+            terminalreporter.section("attribution: baselines")
+            for line in self._lines:
+                terminalreporter.write_line(line)

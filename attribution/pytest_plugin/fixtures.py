@@ -1,0 +1,211 @@
+"""The fixtures: a model, the bench of its claims, and what records and judges their verdicts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from attribution.errors import AttributionError
+from attribution.models.registry import entry_of
+from attribution.pytest_plugin.collectors import EXHIBIT, LOADED, MEASURED, VERDICT
+from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_gated, is_worker
+
+if TYPE_CHECKING:
+    from attribution.claims.bench import Workbench
+    from attribution.claims.exhibits import Exhibit
+    from attribution.claims.judge import Claim, Verdict
+    from attribution.models.fingerprint import ModelFacts
+    from attribution.models.model import Model
+    from attribution.prompts.knowledge import Prompt
+
+__all__ = [
+    "assert_claim",
+    "attribution_bench",
+    "attribution_exhibit",
+    "attribution_model",
+    "attribution_prompts",
+]
+
+_RECORDED = pytest.StashKey[set[tuple[str, object]]]()
+_FACTS = pytest.StashKey[dict[str, "ModelFacts"]]()
+_LOADED = pytest.StashKey[dict[str, str]]()
+
+
+@pytest.fixture(scope="session")
+def _attribution_threads(request: pytest.FixtureRequest) -> None:
+    """Share the cores among workers: threads that wait for each other on the same ones cost far more than they save."""
+    worker: dict[str, Any] | None = getattr(request.config, "workerinput", None)
+    if worker is not None:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // worker["workercount"]))
+
+
+@pytest.fixture(scope="session")
+def attribution_model(request: pytest.FixtureRequest, _attribution_threads: None) -> Model:
+    """One model after the other of those that the run is about; one that cannot be loaded or trusted is an error."""
+    from attribution.identities.preflight import preflight
+    from attribution.models.loading import load
+
+    config = request.config
+    options = config.option
+    problem = ""
+    try:
+        model = load(
+            request.param,
+            device=options.attribution_device,
+            dtype=options.attribution_dtype,
+            revision=options.attribution_revision,
+            models_dir=options.attribution_models_dir,
+            allow_pickle=bool(options.attribution_allow_pickle),
+        )
+        preflight(model)
+    except AttributionError as error:
+        problem = str(error)
+    if problem:
+        # A run that was asked for this model can say nothing without it: one error, not one per test.
+        request.session.shouldfail = f"model {request.param!r} cannot be used"
+        pytest.fail(problem, pytrace=False)
+    config.stash.setdefault(_LOADED, {})[model.name] = model.described()
+    if is_gated(config):
+        from attribution.models.fingerprint import facts_of
+
+        config.stash.setdefault(_FACTS, {})[model.name] = facts_of(model)
+    return model
+
+
+@pytest.fixture(scope="session")
+def attribution_bench(request: pytest.FixtureRequest, attribution_model: Model) -> Workbench:
+    """The model with its knowledge prompts, and with what was measured on them: tests share what is expensive."""
+    from attribution.claims.bench import Workbench
+    from attribution.prompts.knowledge import load_knowledge
+
+    config = request.config
+    # One progress bar at a time is readable; under xdist there would be one per worker.
+    progress = sys.stderr.isatty() and not is_worker(config)
+    knowledge = config.stash.get(OWN_PROMPTS, None) or load_knowledge(categories=chosen_categories(config))
+    return Workbench(
+        attribution_model,
+        knowledge,
+        max_prompts=config.option.attribution_max_prompts,
+        seed=config.option.attribution_seed or 0,
+        progress=progress,
+    )
+
+
+@pytest.fixture(scope="session")
+def attribution_prompts(request: pytest.FixtureRequest, attribution_bench: Workbench) -> list[Prompt]:
+    """The prompts that methods are judged on: one of each fact that the model knows; none at all is an error."""
+    name, file = attribution_bench.model.name, request.config.option.attribution_prompts
+    which = "bundled prompts" if file is None else f"prompts of {file}"
+    others = "give others by --prompts=FILE" if file is None else "give others"
+    problem, prompts = "", []
+    try:
+        prompts = attribution_bench.prompts
+    except AttributionError as error:
+        problem = f"model {name!r} cannot be asked the {which}: {str(error).removesuffix('.')}, or {others}."
+    else:
+        if not prompts:
+            select = f"python -m attribution select {name}" + ("" if file is None else f" --prompts {file}")
+            problem = (
+                f"model {name!r} knows none of the {len(attribution_bench.knowledge.prompts)} {which}, so there is "
+                f"nothing to ask; see by `{select}` why they fall, and {others} or choose another model."
+            )
+    if problem:
+        pytest.fail(problem, pytrace=False)
+    return prompts
+
+
+@pytest.fixture
+def assert_claim(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Callable[[Verdict], None]:
+    """Return a function that records a verdict for the table and the gate, and fails unless it is ``supported``.
+
+    A claim that the registry records as not holding for the model is an expected failure while its verdict is the
+    recorded one. So is every other, if --attribution-fail leaves verdicts out. A claim of a family that the registry
+    does not assert for the model is only recorded, unless --attribution-assert makes it binding.
+    """
+    from attribution.claims.about_methods.common import METHOD
+    from attribution.gate.comparison import Policy
+    from attribution.report.verdicts import verdict_row
+
+    config = request.config
+    policy = Policy.of(config.option.attribution_fail, comparing=config.option.attribution_compare is not None)
+
+    def check(verdict: Verdict) -> None:
+        __tracebackhide__ = True
+        claim = verdict.claim
+        # The registry records what was measured of the paper's method, on the bundled prompts and by the first seed.
+        measured = (
+            claim.method in ("", METHOD) and OWN_PROMPTS not in config.stash and not config.option.attribution_seed
+        )
+        recorded = entry_of(verdict.model).not_supported.get(claim.id) if measured else None
+        if claim.gated and is_gated(config):
+            _record_for_the_gate(config, verdict, record_property)
+        binding = _is_binding(claim, verdict.model, config)
+        record_property(VERDICT, verdict_row(verdict, recorded, asserted=binding))
+        loaded = config.stash.get(_LOADED, {}).get(verdict.model)
+        if loaded is not None:
+            record_property(LOADED, {verdict.model: loaded})
+        if not binding:
+            return
+        status, sentence = verdict.status.value, verdict.sentence()
+        if recorded == status:
+            pytest.xfail(f"as recorded in the registry: {sentence}")
+        if recorded is not None:
+            sentence = f"the registry records {recorded!r}, correct it there: {sentence}"
+        elif status == "supported":
+            return
+        if not policy.verdicts:
+            pytest.xfail(f"--attribution-fail leaves verdicts out: {sentence}")
+        pytest.fail(sentence, pytrace=False)
+
+    return check
+
+
+def _is_binding(claim: Claim, model: str, config: pytest.Config) -> bool:
+    """Say whether a test fails unless the claim is supported on the model."""
+    if not claim.asserted or not claim.family or config.option.attribution_assert:
+        return claim.asserted
+    return OWN_PROMPTS not in config.stash and claim.family in entry_of(model).asserted
+
+
+def _record_for_the_gate(
+    config: pytest.Config, verdict: Verdict, record_property: Callable[[str, object], None]
+) -> None:
+    from attribution.gate.stored_run import record_of
+
+    __tracebackhide__ = True
+    facts = config.stash.get(_FACTS, {}).get(verdict.model)
+    if facts is None:
+        pytest.fail(
+            f"claim {verdict.claim.id!r} is about the model {verdict.model!r}, which the fixture attribution_model did "
+            "not load, so no baseline can tell its weights; load it by --model=NAME, or set gated=False.",
+            pytrace=False,
+        )
+    record_property(MEASURED, {"record": record_of(verdict), "facts": asdict(facts)})
+
+
+@pytest.fixture
+def attribution_exhibit(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Callable[[Workbench, Callable[[Workbench], Exhibit]], None]:
+    """Return a function that measures an exhibit and records it for the report, once for each model.
+
+    Without a report it does nothing.
+    """
+    config = request.config
+    recorded = config.stash.setdefault(_RECORDED, set())
+
+    def record(bench: Workbench, measure: Callable[[Workbench], Exhibit]) -> None:
+        which = bench.model.name, measure
+        if config.option.attribution_report is not None and which not in recorded:
+            recorded.add(which)
+            record_property(EXHIBIT, asdict(measure(bench)))
+
+    return record

@@ -1,0 +1,159 @@
+"""What the claims of one model share."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import attribution as at
+from attribution.claims.bench import Workbench
+from attribution.claims.judge import Claim, Status
+from attribution.engine.ranking import pick
+from attribution.experiments.evaluation import evaluate_ranked
+from attribution.models.model import Model
+from attribution.prompts.knowledge import Fact, Knowledge
+
+PHRASINGS = ("The capital of {subject} is", "The capital city of {subject} is", "In {subject} the capital is")
+KNOWLEDGE = Knowledge(
+    tuple(
+        Fact("capital", "country_capital", subject, answer, PHRASINGS)
+        for subject, answer in (("France", "Paris"), ("Italy", "Rome"))
+    ),
+    {"capital": ("Paris", "Rome")},
+)
+CLAIM = Claim("c", "a sentence", "ours", "an effect", "above", 0, "none", min_prompts=300)
+
+
+@pytest.fixture
+def bench(model: Model) -> Workbench:
+    """A model that is taken to know everything."""
+    bench = Workbench(model, KNOWLEDGE)
+    bench.__dict__["known"] = list(KNOWLEDGE.prompts)
+    return bench
+
+
+def test_model_that_knows_nothing_is_short_of_prompts_not_an_error(model: Model) -> None:
+    bench = Workbench(model, KNOWLEDGE)
+    bench.__dict__["known"] = []
+    frames = bench.frames(("log_prob_increase", "random"), {"ffn": 3})
+    effects = frames["random"]["mrr_after"] - frames["log_prob_increase"]["mrr_after"]
+    verdict = bench.judge(CLAIM, effects)
+    assert (verdict.status, verdict.n, verdict.needed) == (Status.INCONCLUSIVE, 0, 300)
+    assert bench.before["mrr"].shape == (0,)
+
+
+def test_methods_are_judged_on_one_known_prompt_of_each_fact_drawn_by_its_text(bench: Workbench) -> None:
+    assert [prompt.subject for prompt in bench.prompts] == ["France", "Italy"]
+    for prompt in bench.prompts:
+        others = [each.text for each in KNOWLEDGE.prompts if each.subject == prompt.subject]
+        assert prompt.text == min(others, key=lambda text: zlib.crc32(text.encode()))
+    bench.__dict__.pop("prompts")
+    bench.__dict__["known"] = list(KNOWLEDGE.prompts)[1:]
+    assert [prompt.subject for prompt in bench.prompts] == ["France", "Italy"]
+
+
+def test_a_smaller_run_is_part_of_a_larger_one(model: Model) -> None:
+    knowledge = at.load_knowledge(categories=["month"])
+    found = {}
+    for number in (None, 10, 5):
+        bench = Workbench(model, knowledge, max_prompts=number)
+        bench.__dict__["known"] = list(knowledge.prompts)
+        found[number] = bench.prompts
+    assert (len(found[10]), len(found[5])) == (10, 5)
+    assert set(found[5]) < set(found[10]) < set(found[None])
+    places = bench.part(3)
+    assert places == sorted(places)
+    assert len(places) == 3
+    assert bench.part(99) == list(range(5))
+
+
+def test_frames_have_one_row_per_prompt_and_number_in_their_order(bench: Workbench) -> None:
+    frames = bench.frames(("log_prob_increase", "random"), (1, 3))
+    for frame in frames.values():
+        assert frame["prompt"].tolist() == 2 * [prompt.text for prompt in bench.prompts]
+        assert frame["k"].tolist() == [1, 1, 3, 3]
+    assert frames["random"]["mrr_before"].to_numpy()[:2] == pytest.approx(bench.before["mrr"])
+
+
+def test_what_was_measured_is_not_measured_again(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bench.frames(("log_prob_increase",), 3)["log_prob_increase"]
+    asked = []
+    monkeypatch.setattr(
+        "attribution.claims.bench.evaluate_ranked",
+        lambda *arguments, **options: asked.append(list(arguments[3][0])) or evaluate_ranked(*arguments, **options),
+    )
+    frames = bench.frames(("random", "log_prob_increase"), 3)
+    assert asked == [["random"]]
+    assert frames["log_prob_increase"] is first
+    bench.frames(("random",), 3, kind="mean")
+    bench.frames(("random",), 3, seed=1)
+    bench.frames(("random",), 4)
+    assert len(asked) == 4
+    assert bench.once(("number",), lambda: 1) == bench.once(("number",), lambda: 2) == 1
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "resample"])
+def test_frames_are_what_evaluate_returns(bench: Workbench, kind: str) -> None:
+    methods, budget = ("log_prob_increase", "random"), {"attention": 5, "ffn": 3}
+    frames = bench.frames(methods, budget, kind=kind, together=("zero",), seed=4)
+    expected = at.evaluate(
+        bench.model,
+        bench.prompts,
+        method=methods,
+        k=budget,
+        kind=kind,
+        reference=None if kind == "zero" else bench.prompts,
+        seed=4,
+    )
+    pd.testing.assert_frame_equal(pd.concat(frames.values(), ignore_index=True), expected)
+
+
+def test_search_for_fewer_is_not_run_again(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+    monkeypatch.setattr(
+        "attribution.claims.bench.pick",
+        lambda model, questions, wanted, **options: (
+            searched.append((len(questions), wanted)) or pick(model, questions, wanted, **options)
+        ),
+    )
+    places, method = [0, 1], "log_prob_increase"
+    bench.picked((method,), {"ffn": 5}, places=[1])
+    assert searched == [(1, {"ffn": {method: 5}})]
+    found = bench.picked((method, "output_norm"), {"ffn": 9, "attention": 4}, places=places)
+    assert searched[1:] == [
+        (2, {"ffn": {method: 9, "output_norm": 9}, "attention": {method: 4, "output_norm": 4}}),
+    ]
+    fewer = bench.picked(("output_norm", method), {"ffn": 3}, places=places)
+    for k, unit in ((3, "ffn"), (2, "attention"), (9, "ffn")):
+        for place, ranking in zip(places, bench.rankings(method, unit, k, places=places), strict=True):
+            prompt = bench.prompts[place]
+            alone = at.attribute(bench.model, prompt, unit=unit, method=method, k=k)
+            assert (ranking.neurons, ranking.tokens) == (alone.neurons, alone.tokens)
+            # Two float32 forward passes of batches of other sizes.
+            torch.testing.assert_close(ranking.scores, alone.scores, rtol=0, atol=1e-5)
+    for own, more in zip(fewer, found, strict=True):
+        assert own["output_norm"]["ffn"].records == more["output_norm"]["ffn"].records[:3]
+    assert len(searched) == 2
+    bench.picked((method,), {"ffn": 3}, places=places, seed=1)
+    assert len(searched) == 3
+
+
+def test_verdict_carries_what_was_measured_by_prompt(bench: Workbench) -> None:
+    verdict = bench.judge(CLAIM, np.array([1.0, 2.0]), baselines=[4.0, 4.0], seed=3, note="cheap")
+    assert verdict.evidence is not None
+    assert verdict.evidence.prompts == tuple(prompt.text + prompt.answer for prompt in bench.prompts)
+    assert verdict.evidence.facts == tuple(prompt.fact for prompt in bench.prompts)
+    assert (verdict.evidence.effects, verdict.evidence.baselines) == ((1.0, 2.0), (4.0, 4.0))
+    assert (verdict.seed, verdict.note, verdict.effect) == (3, "cheap", 0.375)
+    part = bench.judge(CLAIM, [1.0], places=[1])
+    assert part.evidence is not None
+    assert part.evidence.facts == ("capital/country_capital/Italy",)
+
+
+def test_control_asks_every_prompt_with_another_facts_answer(model: Model) -> None:
+    swapped = Workbench(model, KNOWLEDGE).swapped
+    assert [prompt.answer for prompt in swapped] == [" Rome"] * 3 + [" Paris"] * 3

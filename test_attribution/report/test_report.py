@@ -1,0 +1,47 @@
+"""The table that ends a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from attribution.claims.judge import Claim, Status, Verdict
+from attribution.report.verdicts import verdict_row, verdict_table
+
+CLAIM = Claim("top 10", "a sentence", "ours", "an effect", "above", 0, "a control", method="mine")
+VERDICT = Verdict(CLAIM, "bundled:gpt2", Status.SUPPORTED, 0.5, 0.25, 0.75, 300, 100)
+
+
+def _row(recorded: str | None = None, verdict: Verdict = VERDICT, **claim: object) -> dict[str, str]:
+    return verdict_row(replace(verdict, claim=replace(verdict.claim, **claim)), recorded)  # type: ignore[arg-type]
+
+
+def test_asserted_claims_come_first_and_alone_are_counted() -> None:
+    refuted = replace(VERDICT, status=Status.REFUTED, note="3+0 passes")
+    table = verdict_table([_row(verdict=refuted, id="aside", asserted=False), _row(), _row("refuted", verdict=refuted)])
+    lines = table.splitlines()
+    assert lines[0].split() == ["model", "claim", "effect", "interval", "n", "verdict", "note"]
+    assert lines[2].split() == ["bundled:gpt2", "top", "10", "0.500", "0.250", "..", "0.750", "300", "supported"]
+    assert lines[3].endswith("refuted, as recorded  3+0 passes")
+    below = lines.index("reported, not asserted")
+    assert "aside" in lines[below + 3]
+    assert lines[-1] == "1 supported, 1 refuted, 0 inconclusive, 1 reported"
+
+
+def test_models_stand_together_in_the_order_of_their_claims() -> None:
+    other = replace(VERDICT, model="bundled:llama")
+    rows = [_row(id="b"), _row(verdict=other, id="b"), _row(id="a"), _row(verdict=other, id="a")]
+    found = [tuple(line.split()[:2]) for line in verdict_table(rows).splitlines()[2:6]]
+    assert found == [(model, claim) for model in ("bundled:gpt2", "bundled:llama") for claim in "ba"]
+
+
+def test_method_is_named_where_there_are_several() -> None:
+    assert "mine" not in verdict_table([_row(), _row(method="")])
+    assert "mine" in verdict_table([_row(), _row(method="theirs")])
+
+
+def test_exact_number_is_followed_by_its_bound() -> None:
+    assert "<= 1 " in verdict_table([_row(test="at_most", threshold=1)])
+
+
+def test_run_that_only_reports_has_no_empty_table_above() -> None:
+    assert verdict_table([_row(asserted=False)]).splitlines()[1] == "reported, not asserted"
