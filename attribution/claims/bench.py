@@ -11,20 +11,19 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm.auto import tqdm
 
 from attribution.claims.judge import Claim, Verdict, judge
 from attribution.engine.ablation import outcomes
-from attribution.engine.batching import by_batch, traced_batches
+from attribution.engine.batching import Progress, batches_of, map_batches
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, worst
 from attribution.engine.metrics import METRICS, by_metric
 from attribution.engine.questions import Question, question_of
 from attribution.engine.ranking import Picked, Ranking, pick, ranking_of
+from attribution.engine.trace import read_activations
 from attribution.experiments.evaluation import evaluate_ranked
 from attribution.experiments.selection_rule import known_prompts, one_token_words
 from attribution.models.model import Model
 from attribution.models.registry import Entry, entry_of
-from attribution.models.running import on_site
 from attribution.prompts.knowledge import Knowledge, Prompt
 from attribution.prompts.tokens import answer_tokens
 from attribution.records import Unit, unit_named
@@ -197,18 +196,21 @@ class Workbench:
         asked = sorted(missing)
         questions = [self.questions[place] for place in asked]
 
-        def ranked(rows: list[int]) -> list[dict[Unit, dict[str, Picked]]]:
-            return on_site(self.model, pick, [questions[row] for row in rows], wanted, seed=seed, steps=STEPS)
-
-        what = f"{self.model.name} ranking by {', '.join(methods)}"
-        with tqdm(total=len(asked), desc=what, unit="prompt", disable=not self.progress or not asked) as bar:
-            for rows, found in by_batch(self.model, [len(question.ids) for question in questions], ranked):
-                for row, by_unit in zip(rows, found, strict=True):
-                    for unit, by_method in by_unit.items():
-                        for method, best in by_method.items():
-                            if lacks(unit, method, asked[row]):
-                                self._picked[unit, method, seed, asked[row]] = best
-                bar.update(len(rows))
+        found = map_batches(
+            self.model,
+            questions,
+            pick,
+            wanted,
+            seed,
+            STEPS,
+            lengths=[len(question.ids) for question in questions],
+            progress=Progress(f"{self.model.name} ranking by {', '.join(methods)}", self.progress),
+        )
+        for place, by_unit in zip(asked, found, strict=True):
+            for unit, by_method in by_unit.items():
+                for method, best in by_method.items():
+                    if lacks(unit, method, place):
+                        self._picked[unit, method, seed, place] = best
         return [
             {
                 method: {unit: self._picked[unit, method, seed, place].first(number) for unit, number in k.items()}
@@ -317,8 +319,8 @@ class Workbench:
     def decomposition_errors(self) -> dict[str, float]:
         """Worst error of each identity over the prompts, all layers and positions, in rounding bounds."""
         errors = [
-            decomposition_errors(activations, self.model.anatomy, batch.mask)
-            for activations, batch in traced_batches(self.model, self.prompts, positions="all")
+            decomposition_errors(read_activations(self.model, batch, positions="all"), self.model.anatomy, batch.mask)
+            for _, batch in batches_of(self.model, self.questions)
         ]
         return {name: worst(each[name] for each in errors) for name in IDENTITIES}
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from attribution.engine.batching import by_batch
+from attribution.engine.batching import each_batch, map_batches
 from attribution.engine.masks import AblationKind, Masks, ablation_kind, ablation_masks
 from attribution.engine.metrics import Outcome, measure_each
 from attribution.engine.questions import Question, encode_all
@@ -23,7 +23,7 @@ from attribution.engine.trace import Edits, Filler, PlainRun, rerun
 from attribution.errors import BadInputError
 from attribution.models.anatomy import resolve
 from attribution.models.model import Model
-from attribution.models.running import on_site, run
+from attribution.models.running import run
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import TokenBatch, chunk_by_length, pad
 from attribution.records import Component
@@ -138,11 +138,7 @@ def reference_of(
 
 def _means(model: Model, prompts: Sequence[Sequence[int]]) -> Means:
     totals: dict[str, Tensor] = {}
-
-    def sums(rows: list[int]) -> dict[str, Tensor]:
-        return on_site(model, _sums, [prompts[row] for row in rows])
-
-    for _, found in by_batch(model, [len(prompt) for prompt in prompts], sums):
+    for _, found in each_batch(model, prompts, _sums, lengths=[len(prompt) for prompt in prompts]):
         for name, total in found.items():
             totals[name] = totals[name] + total if name in totals else total
     # A last position reads as many source positions as its prompt has tokens, so one number divides all three.
@@ -323,27 +319,30 @@ def ablate(
         )
     others = None if reference is None else encode_all(model, reference)
     values = reference_of(model, kind, others, ablated=encoded, seed=seed)
+    rows = map_batches(
+        model,
+        [(ids, list(variant)) for ids, variant in zip(encoded, variants, strict=True)],
+        _logits,
+        values,
+        at_source,
+        lengths=[len(ids) for ids in encoded],
+    )
     # Where the weights are, they may have another dtype than a model without weights has here.
-    logits = torch.empty(len(encoded), model.anatomy.vocabulary, dtype=model.anatomy.readout.unembedding.dtype)
-
-    def rerun(rows: list[int]) -> Tensor:
-        part = [list(variants[row]) for row in rows]
-        return on_site(model, _logits, [encoded[row] for row in rows], part, values, at_source)
-
-    for rows, found in by_batch(model, [len(ids) for ids in encoded], rerun):
-        logits[rows] = found
+    logits = torch.stack(rows).to(model.anatomy.readout.unembedding.dtype)
     return logits[0] if single else logits
 
 
 def _logits(
     model: Model,
-    prompts: Sequence[Sequence[int]],
-    variants: Sequence[Collection[Component]],
+    jobs: Sequence[tuple[Sequence[int], Collection[Component]]],
     reference: Reference | None,
     at_source: bool,
-) -> Tensor:
-    batch = pad(prompts, device=model.device)
-    return ablated_logits(model, batch, variants, reference=reference, at_source=at_source)[0].cpu()
+) -> Sequence[Tensor]:
+    """Rerun one batch with components replaced; return the logits of each prompt."""
+    batch = pad([ids for ids, _ in jobs], device=model.device)
+    variants = [variant for _, variant in jobs]
+    logits, _ = ablated_logits(model, batch, variants, reference=reference, at_source=at_source)
+    return list(logits.cpu())
 
 
 def outcomes(
@@ -366,28 +365,33 @@ def outcomes(
     Returns:
         One outcome per question, and how many distinct coefficients were replaced in it.
     """
-    found: list[Outcome | None] = [None] * len(questions)
-    distinct = [0] * len(questions)
-
-    def measured(rows: list[int]) -> tuple[list[Outcome], list[int]]:
-        part = [list(variants[row]) for row in rows]
-        return on_site(model, measure_ablated, [questions[row] for row in rows], part, reference, at_source)
-
-    for rows, (outcomes, numbers) in by_batch(model, [len(question.ids) for question in questions], measured):
-        for row, outcome, number in zip(rows, outcomes, numbers, strict=True):
-            found[row], distinct[row] = outcome, number
-    return [each for each in found if each is not None], distinct
+    jobs = [(question, list(variant)) for question, variant in zip(questions, variants, strict=True)]
+    lengths = [len(question.ids) for question in questions]
+    found = map_batches(model, jobs, measure_ablated, reference, at_source, lengths=lengths)
+    return [outcome for outcome, _ in found], [distinct for _, distinct in found]
 
 
 def measure_ablated(
     model: Model,
-    questions: Sequence[Question],
-    variants: Sequence[Collection[Component]],
+    jobs: Sequence[tuple[Question, Collection[Component]]],
     reference: Reference | None,
     at_source: bool,
     plain: tuple[PlainRun, Tensor] | None = None,
-) -> tuple[list[Outcome], list[int]]:
-    """Rerun one batch with components replaced; return how it answers, and how much was replaced."""
-    batch = pad([question.ids for question in questions], device=model.device)
+) -> list[tuple[Outcome, int]]:
+    """Rerun one batch with components replaced, and measure each answer.
+
+    Args:
+        model: A loaded model, whose weights are here.
+        jobs: The questions, each with what to replace.
+        reference: What to replace with; zero when ``None``.
+        at_source: See :func:`ablate`.
+        plain: See :func:`ablated_logits`.
+
+    Returns:
+        For each question its outcome, and how many distinct coefficients were replaced.
+    """
+    batch = pad([question.ids for question, _ in jobs], device=model.device)
+    variants = [variant for _, variant in jobs]
     logits, replaced = ablated_logits(model, batch, variants, reference=reference, at_source=at_source, plain=plain)
-    return measure_each(logits, [question.answer_id for question in questions]), replaced.tolist()
+    outcomes = measure_each(logits, [question.answer_id for question, _ in jobs])
+    return list(zip(outcomes, replaced.tolist(), strict=True))

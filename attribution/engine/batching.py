@@ -1,32 +1,53 @@
-"""Batches that memory holds: prompts of similar length, run together, fewer at a time when memory runs out."""
+"""Batches that memory holds: items of similar length run together where the weights are, fewer when memory runs out."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
+from tqdm.auto import tqdm
 
-from attribution.engine.questions import Question, question_of
-from attribution.engine.trace import Activations, read_activations
+from attribution.engine.questions import Question
 from attribution.errors import ModelError
 from attribution.models.model import Model
-from attribution.prompts.knowledge import Prompt
+from attribution.models.running import on_site
 from attribution.prompts.tokens import TokenBatch, chunk_by_length, pad
 
-T = TypeVar("T")
+__all__ = ["Kept", "Progress", "SmallerBatchWarning", "batches_of", "each_batch", "map_batches"]
 
-__all__ = [
-    "SmallerBatchWarning",
-    "batches_of",
-    "by_batch",
-    "traced_batches",
-]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class SmallerBatchWarning(UserWarning):
-    """Memory ran out, and batches are smaller from here on."""
+    """Memory ran out, and the rest of this call runs in smaller batches."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A progress bar over items.
+
+    Attributes:
+        label: What is written before the bar.
+        shown: Whether it is shown; when ``None``, if standard error is a terminal or in a notebook.
+    """
+
+    label: str = ""
+    shown: bool | None = False
+
+
+class Kept(Protocol):
+    """Results that outlive the process, such as an evaluation's journal."""
+
+    @property
+    def found(self) -> Mapping[int, Any]:
+        """Results that are stored, by the number of the item."""
+
+    def keep(self, results: Mapping[int, Any]) -> Mapping[int, Any]:
+        """Store results by number, and return them as they are stored."""
 
 
 def batches_of(
@@ -38,40 +59,82 @@ def batches_of(
         yield rows, pad([questions[row].ids for row in rows], device=model.device)
 
 
-def by_batch(
-    model: Model, lengths: Sequence[int], work: Callable[[list[int]], T], *, variants: int = 1
-) -> Iterator[tuple[list[int], T]]:
-    """Yield the rows of each batch with what was made of it.
-
-    When memory runs out, the batch is halved, as are all that follow, and a :class:`SmallerBatchWarning` says so.
+def map_batches(
+    model: Model,
+    items: Sequence[Item],
+    work: Callable[..., Sequence[Result]],
+    *shared: Any,
+    lengths: Sequence[int],
+    progress: Progress | None = None,
+    kept: Kept | None = None,
+) -> list[Result]:
+    """Return what a function makes of each item, batch by batch, where the model's weights are.
 
     Args:
         model: A loaded model.
-        lengths: Tokens of each prompt.
-        work: Row numbers of a batch to what is made of it.
-        variants: Rows of a pass that each prompt takes.
+        items: What there is to do, such as questions.
+        work: Called as ``work(model, batch, *shared)`` with the model as it is where the weights are and a list of
+            items; returns one result per item, in their order. See :func:`attribution.models.running.on_site` for what
+            it may return.
+        shared: What every batch is given as well.
+        lengths: How many tokens of a forward pass each item takes.
+        progress: The bar; none when ``None``.
+        kept: Results that are stored, and need not be computed again.
+
+    Returns:
+        One result per item, in their order.
 
     Raises:
-        ModelError: If memory does not suffice for one prompt.
+        ModelError: If memory does not suffice for one item.
     """
-    left = set(range(len(lengths)))
+    results: dict[int, Result] = {}
+    progress = progress or Progress()
+    # Only tqdm's own None tells a notebook from a log.
+    hidden = None if progress.shown is None else not progress.shown
+    with tqdm(total=len(items), desc=progress.label, unit="prompt", disable=hidden or not items) as bar:
+        for rows, found in each_batch(model, items, work, *shared, lengths=lengths, kept=kept):
+            new = dict(zip(rows, found, strict=True))
+            results.update(new if kept is None else kept.keep(new))
+            bar.update(len(rows))
+    return [results[row] for row in range(len(items))]
+
+
+def each_batch(
+    model: Model,
+    items: Sequence[Item],
+    work: Callable[..., Result],
+    *shared: Any,
+    lengths: Sequence[int],
+    kept: Kept | None = None,
+) -> Iterator[tuple[list[int], Result]]:
+    """Yield the numbers of each batch's items with what was made of the batch as a whole.
+
+    When memory runs out, the batch is halved, as are all that follow, and a :class:`SmallerBatchWarning` says so. See
+    :func:`map_batches` for the arguments.
+    """
+    left = set(range(len(items)))
     while left:
-        rows_left = sorted(left)
-        chunks = chunk_by_length([lengths[row] for row in rows_left], max(1, model.batch_tokens // variants))
-        for rows in ([rows_left[place] for place in chunk] for chunk in chunks):
-            try:
-                found = work(rows)
-            except Exception as error:
-                if not _out_of_memory(error):
-                    raise
-                reason = str(error).strip().partition("\n")[0]
+        numbers = sorted(left)
+        for chunk in chunk_by_length([lengths[number] for number in numbers], model.batch_tokens):
+            rows = [numbers[place] for place in chunk]
+            # An interrupted batch is computed again as a whole: beside other prompts, last digits could differ.
+            if kept is not None and all(row in kept.found for row in rows):
+                found: Any = [kept.found[row] for row in rows]
             else:
-                left.difference_update(rows)
-                yield rows, found
-                continue
-            # Outside of the except clause, as the error holds on to all that was computed.
-            _halve(model, [lengths[row] for row in rows], reason)
-            break
+                try:
+                    found = on_site(model, work, [items[row] for row in rows], *shared)
+                except Exception as error:
+                    if not _out_of_memory(error):
+                        raise
+                    reason = str(error).strip().partition("\n")[0]
+                else:
+                    reason = ""
+                if reason:
+                    # Outside of the except clause, as the error holds on to all that was computed.
+                    model = _with_smaller_batches(model, [lengths[row] for row in rows], reason)
+                    break
+            left.difference_update(rows)
+            yield rows, found
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -81,8 +144,8 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
-def _halve(model: Model, lengths: Sequence[int], reason: str) -> None:
-    """Halve the batches of a model, of which one with prompts of these lengths did not fit."""
+def _with_smaller_batches(model: Model, lengths: Sequence[int], reason: str) -> Model:
+    """Return a model with batches of half the size of one that did not fit, of items of these lengths."""
     if len(lengths) == 1:
         raise ModelError(
             f"memory does not suffice for model {model.name!r} and one prompt of {lengths[0]} tokens ({reason}); use "
@@ -90,19 +153,12 @@ def _halve(model: Model, lengths: Sequence[int], reason: str) -> None:
         )
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
-    model.batch.tokens = max(1, len(lengths) * max(lengths) // 2)
+    tokens = max(1, len(lengths) * max(lengths) // 2)
     warnings.warn(
-        f"memory ran out with {len(lengths)} prompts of up to {max(lengths)} tokens in a batch ({reason}): batches of "
-        f"model {model.name!r} hold at most {model.batch_tokens} tokens from here on",
+        f"memory ran out with {len(lengths)} prompts of up to {max(lengths)} tokens in a batch ({reason}): the rest of "
+        f"this call runs in batches of at most {tokens} tokens; load model {model.name!r} with batch_tokens={tokens} to "
+        "begin with them",
         SmallerBatchWarning,
         stacklevel=3,
     )
-
-
-def traced_batches(
-    model: Model, prompts: Sequence[Prompt], *, positions: Literal["last", "all"]
-) -> Iterator[tuple[Activations, TokenBatch]]:
-    """Yield the activations of prompts, batch by batch, in order of length."""
-    questions = [question_of(model, prompt.text, prompt.answer) for prompt in prompts]
-    for _, batch in batches_of(model, questions):
-        yield read_activations(model, batch, positions=positions), batch
+    return model.with_batch_tokens(tokens)

@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attribution.engine.batching import by_batch
+from attribution.engine.batching import map_batches
 from attribution.engine.questions import Question, prompts_with_answers, question_of
 from attribution.engine.ranking import Ranking, attribute, scores_of
 from attribution.engine.subkeys import SUBKEYS, SubkeyKind, components_of, query_neuron_scores, read_subkeys, shares
@@ -39,7 +39,6 @@ from attribution.engine.trace import Activations, read_activations
 from attribution.errors import BadInputError
 from attribution.models.anatomy import Anatomy
 from attribution.models.model import Model
-from attribution.models.running import on_site
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import pad
 from attribution.records import AttentionNeuron, FFNNeuron, Neuron, Sublayer
@@ -271,16 +270,15 @@ class _Woken:
 
 def _woken(
     model: Model,
-    questions: Sequence[Question],
-    value_neurons: Sequence[tuple[list[Neuron], Tensor]],
+    jobs: Sequence[tuple[Question, tuple[list[Neuron], Tensor]]],
     options: _Options,
 ) -> list[_Woken]:
     """Trace one batch of prompts, at all positions, and return the query side of each."""
-    batch = pad([question.ids for question in questions], device=model.device)
+    batch = pad([question.ids for question, _ in jobs], device=model.device)
     activations = read_activations(model, batch, positions="all", logits=False)
     return [
         _explain(model, activations, prompt, question, chosen, options)
-        for prompt, (question, chosen) in enumerate(zip(questions, value_neurons, strict=True))
+        for prompt, (question, chosen) in enumerate(jobs)
     ]
 
 
@@ -462,12 +460,11 @@ def query(
                 "Ranking or a list of records for each."
             )
         chosen = [_checked(model, question, own) for question, own in zip(questions, given, strict=True)]
-    found: dict[int, QueryRanking] = {}
-
-    def woken(rows: list[int]) -> list[_Woken]:
-        return on_site(model, _woken, [questions[row] for row in rows], [chosen[row] for row in rows], options)
-
-    for rows, explained in by_batch(model, [len(each.ids) for each in questions], woken, variants=_shrink(model)):
-        for row, each in zip(rows, explained, strict=True):
-            found[row] = _query_ranking(model.anatomy, questions[row], chosen[row], each, options)
-    return found[0] if single else [found[row] for row in range(len(questions))]
+    jobs = list(zip(questions, chosen, strict=True))
+    # Every position is kept, so a prompt takes more of a pass.
+    lengths = [_shrink(model) * len(question.ids) for question in questions]
+    found = [
+        _query_ranking(model.anatomy, question, own, woken, options)
+        for (question, own), woken in zip(jobs, map_batches(model, jobs, _woken, options, lengths=lengths), strict=True)
+    ]
+    return found[0] if single else found

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attribution.engine.batching import by_batch
+from attribution.engine.batching import map_batches
 from attribution.engine.gradients import Effects, read_effects
 from attribution.engine.importance import Candidates, candidates_of
 from attribution.engine.methods import Method, method_named, score_candidates
@@ -195,7 +195,6 @@ def pick(
     model: Model,
     questions: Sequence[Question],
     wanted: Mapping[Unit, Mapping[str, int | None]],
-    *,
     seed: int,
     steps: int,
     with_first_order: bool = False,
@@ -323,16 +322,12 @@ def ranked(
     with_first_order: bool = False,
 ) -> list[Ranking]:
     """Return the ranking of each question, see :func:`attribute`; without first-order terms unless asked for."""
-    rankings: dict[int, Ranking] = {}
-
-    def picked(rows: list[int]) -> list[dict[Unit, dict[str, Picked]]]:
-        part, wanted = [questions[row] for row in rows], {unit: {method: k}}
-        return on_site(model, pick, part, wanted, seed=seed, steps=steps, with_first_order=with_first_order)
-
-    for rows, found in by_batch(model, [len(question.ids) for question in questions], picked):
-        for row, by_unit in zip(rows, found, strict=True):
-            rankings[row] = ranking_of(model, questions[row], unit, method, by_unit[unit][method])
-    return [rankings[row] for row in range(len(questions))]
+    lengths = [len(question.ids) for question in questions]
+    found = map_batches(model, questions, pick, {unit: {method: k}}, seed, steps, with_first_order, lengths=lengths)
+    return [
+        ranking_of(model, question, unit, method, best[unit][method])
+        for question, best in zip(questions, found, strict=True)
+    ]
 
 
 def ranking_of(model: Model, question: Question, unit: Unit, method: str, best: Picked) -> Ranking:

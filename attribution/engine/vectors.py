@@ -203,13 +203,13 @@ class VectorTable:
         return before_softmax(vectors, one, self.readout)
 
 
-def _tables(model: Model) -> dict[Unit, VectorTable]:
-    return {unit: VectorTable.of(unit, model.anatomy) for unit in NEURON_UNITS}
+def _tables(anatomy: Anatomy) -> dict[Unit, VectorTable]:
+    return {unit: VectorTable.of(unit, anatomy) for unit in NEURON_UNITS}
 
 
 def table_of(model: Model, unit: Unit) -> VectorTable | None:
     """Return the vectors of a unit's neurons; ``None`` for heads and layers, whose vectors depend on the prompt."""
-    return model.once(_tables).get(unit)
+    return model.anatomy.once(_tables).get(unit)
 
 
 def _reciprocal_ranks(logits: Tensor, answer: int) -> Tensor:

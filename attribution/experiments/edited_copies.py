@@ -57,7 +57,7 @@ def edited_copy(model: Model, edited: Collection[Tensor]) -> Iterator[Model]:
         for own, original in zip(twin.parameters(), module.parameters(), strict=True):
             if own is not original:
                 own.detach().copy_(original)
-        other.forget()
+        other.anatomy.forget()
 
 
 @contextmanager

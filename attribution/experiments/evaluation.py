@@ -10,10 +10,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from attribution.engine.ablation import Reference, measure_ablated, reference_of
-from attribution.engine.batching import by_batch
+from attribution.engine.batching import Progress, map_batches
 from attribution.engine.masks import AblationKind, ablation_kind
 from attribution.engine.methods import method_named
 from attribution.engine.metrics import Outcome, measure_each
@@ -24,7 +23,6 @@ from attribution.errors import BadInputError
 from attribution.experiments.journal import journal
 from attribution.models.fingerprint import facts_of
 from attribution.models.model import Model
-from attribution.models.running import on_site
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import pad
 from attribution.records import Component, Unit, unit_named
@@ -54,7 +52,7 @@ def best_records(
     wanted: dict[Unit, dict[str, int | None]] = {unit: dict.fromkeys(methods, number) for unit, number in k.items()}
     return [
         {name: {unit: best[unit][name].records for unit in k} for name in methods}
-        for best in pick(model, questions, wanted, seed=seed, steps=steps)
+        for best in pick(model, questions, wanted, seed, steps)
     ]
 
 
@@ -145,25 +143,13 @@ def evaluate(
         "seed": seed,
         "steps": steps,
     }
-    # Only tqdm's own None tells a notebook from a log.
-    hidden = None if progress is None else not progress
-    results: dict[int, list[Any]] = {}
-    with (
-        nullcontext() if resume is None else journal(resume, asked | _facts(model), len(prompts)) as kept,
-        tqdm(total=len(prompts), desc=f"{model.name} {', '.join(names)}", unit="prompt", disable=hidden) as bar,
-    ):
-
-        def experiment(rows: list[int]) -> list[Any]:
-            if kept is not None and all(row in kept.found for row in rows):
-                return [kept.found[row] for row in rows]
-            part = [questions[row] for row in rows]
-            return on_site(model, _experiment, part, names, budgets, values, at_source, seed, steps)
-
-        # A batch that was interrupted is measured again as a whole: beside other prompts, the last digits could differ.
-        for rows, found in by_batch(model, [len(ids) for ids in encoded], experiment):
-            new = dict(zip(rows, found, strict=True))
-            results.update(new if kept is None else kept.keep(new))
-            bar.update(len(rows))
+    bar = Progress(f"{model.name} {', '.join(names)}", progress)
+    lengths = [len(ids) for ids in encoded]
+    with nullcontext() if resume is None else journal(resume, asked | _facts(model), len(prompts)) as kept:
+        results = map_batches(
+            model, questions, _experiment, names, budgets, values, at_source, seed, steps,
+            lengths=lengths, progress=bar, kept=kept,
+        )  # fmt: skip
     return _table(prompts, names, values, budgets, results)
 
 
@@ -195,17 +181,10 @@ def evaluate_ranked(
     budgets, names, encoded = _budgets(k, "ffn"), list(ranked[0]), [question.ids for question in questions]
     given = [question.ids for question in reference]
     values = _references(model, [ablation_kind(each) for each in kind], encoded, given, seed)
-    results: dict[int, list[Any]] = {}
-
-    def ablated(rows: list[int]) -> list[Any]:
-        part = [questions[row] for row in rows]
-        return on_site(model, _ablated, part, [ranked[row] for row in rows], names, budgets, values, False)
-
-    what = f"{model.name} {', '.join(names)}"
-    with tqdm(total=len(prompts), desc=what, unit="prompt", disable=not progress) as bar:
-        for rows, found in by_batch(model, [len(ids) for ids in encoded], ablated):
-            results.update(zip(rows, found, strict=True))
-            bar.update(len(rows))
+    jobs = list(zip(questions, ranked, strict=True))
+    bar = Progress(f"{model.name} {', '.join(names)}", progress)
+    lengths = [len(ids) for ids in encoded]
+    results = map_batches(model, jobs, _ablated, names, budgets, values, False, lengths=lengths, progress=bar)
     return _table(prompts, names, values, budgets, results)
 
 
@@ -236,7 +215,7 @@ def _table(
     names: Sequence[str],
     kinds: Collection[AblationKind],
     budgets: Sequence[Mapping[Unit, int]],
-    results: Mapping[int, list[Any]],
+    results: Sequence[Sequence[Any]],
 ) -> pd.DataFrame:
     """Return what was measured, by row of the prompts, as the table of :func:`evaluate`."""
     return pd.DataFrame(
@@ -282,39 +261,38 @@ def _experiment(
     """
     largest = {unit: max(budget[unit] for budget in budgets) for unit in budgets[0]}
     ranked = best_records(model, questions, names, largest, seed=seed, steps=steps)
-    return _ablated(model, questions, ranked, names, budgets, kinds, at_source)
+    return _ablated(model, list(zip(questions, ranked, strict=True)), names, budgets, kinds, at_source)
 
 
 def _ablated(
     model: Model,
-    questions: Sequence[Question],
-    ranked: Sequence[Mapping[str, Mapping[Unit, list[Component]]]],
+    jobs: Sequence[tuple[Question, Mapping[str, Mapping[Unit, list[Component]]]]],
     names: Sequence[str],
     budgets: Sequence[Mapping[Unit, int]],
     kinds: Mapping[AblationKind, Reference | None],
     at_source: bool,
 ) -> list[list[Any]]:
     """Ablate the best of one batch of prompts in every arm, and measure; returns what :func:`_experiment` does."""
+    questions, ranked = [question for question, _ in jobs], [best for _, best in jobs]
     plain = run_plainly(model, pad([question.ids for question in questions], device=model.device))
     before = measure_each(plain.logits, [question.answer_id for question in questions])
     arms = _arms(names, kinds, budgets)
     found: list[list[Any]] = [[list(astuple(outcome)), [None] * len(arms)] for outcome in before]
     for kind, reference in kinds.items():
-        jobs = [(row, place) for row in range(len(questions)) for place, arm in enumerate(arms) if arm[1] is kind]
-        chosen = {(row, place): _chosen(ranked[row][arms[place][0]], budgets[arms[place][2]]) for row, place in jobs}
+        reruns = [(row, place) for row in range(len(questions)) for place, arm in enumerate(arms) if arm[1] is kind]
+        chosen = {(row, place): _chosen(ranked[row][arms[place][0]], budgets[arms[place][2]]) for row, place in reruns}
         # What begins in the same layer runs together, and the layers below it are not run again.
-        jobs.sort(key=lambda job: min((record.layer for record in chosen[job]), default=model.anatomy.layers))
-        for part in _in_passes(jobs, questions, model.batch_tokens):
+        reruns.sort(key=lambda job: min((record.layer for record in chosen[job]), default=model.anatomy.layers))
+        for part in _in_passes(reruns, questions, model.batch_tokens):
             rows = torch.tensor([row for row, _ in part], device=model.device)
-            after, distinct = measure_ablated(
+            after = measure_ablated(
                 model,
-                [questions[row] for row, _ in part],
-                [chosen[job] for job in part],
+                [(questions[job[0]], chosen[job]) for job in part],
                 reference,
                 at_source,
                 None if model.anatomy.spread else (plain, rows),
             )
-            for (row, place), outcome, replaced in zip(part, after, distinct, strict=True):
+            for (row, place), (outcome, replaced) in zip(part, after, strict=True):
                 found[row][1][place] = [*astuple(outcome), replaced]
     return found
 

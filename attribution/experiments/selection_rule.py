@@ -9,13 +9,12 @@ from enum import Enum
 import pandas as pd
 from torch import Tensor
 
-from attribution.engine.batching import by_batch
+from attribution.engine.batching import map_batches
 from attribution.engine.metrics import measure
 from attribution.engine.questions import Question
 from attribution.engine.trace import rerun
 from attribution.errors import BadInputError
 from attribution.models.model import Model
-from attribution.models.running import on_site
 from attribution.prompts.knowledge import Knowledge, Prompt
 from attribution.prompts.tokens import answer_token, answer_tokens, encode, pad
 
@@ -67,21 +66,17 @@ def selection_outcomes(
                 f"{', '.join(rivals)}; pass its words."
             )
 
-    def judged(places: list[int]) -> list[SelectionOutcome]:
-        part = [questions[place] for place in places]
-        return on_site(model, _judged, part, [rivals[prompts[rows_asked[place]].category] for place in places])
-
-    for places, outcomes in by_batch(model, [len(question.ids) for question in questions], judged):
-        found.update({rows_asked[place]: outcome for place, outcome in zip(places, outcomes, strict=True)})
+    jobs = [(question, rivals[prompts[row].category]) for row, question in zip(rows_asked, questions, strict=True)]
+    judged = map_batches(model, jobs, _judged, lengths=[len(question.ids) for question in questions])
+    found.update(zip(rows_asked, judged, strict=True))
     return [found[row] for row in range(len(prompts))]
 
 
-def _judged(model: Model, questions: Sequence[Question], rivals: Sequence[Sequence[int]]) -> list[SelectionOutcome]:
+def _judged(model: Model, jobs: Sequence[tuple[Question, Sequence[int]]]) -> list[SelectionOutcome]:
     """Run one batch and apply the rule to each question with the tokens that its answer competes with."""
-    logits = rerun(model, pad([question.ids for question in questions], device=model.device))
+    logits = rerun(model, pad([question.ids for question, _ in jobs], device=model.device))
     return [
-        selection_outcome(row, question.answer_id, others)
-        for row, question, others in zip(logits, questions, rivals, strict=True)
+        selection_outcome(row, question.answer_id, rivals) for row, (question, rivals) in zip(logits, jobs, strict=True)
     ]
 
 

@@ -6,7 +6,7 @@ Sizes are read from weights and checked against the config.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Generic, TypeVar, overload
 
@@ -171,6 +171,18 @@ class Anatomy:
     subkeys: Sequence[Subkeys]
     readout: Readout
     spread: bool = False
+    _made: dict[Callable[[Anatomy], Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, make: Callable[[Anatomy], T]) -> T:
+        """Return what a function makes of these weights: made when first asked for, and kept with them."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        made: T = self._made[make]
+        return made
+
+    def forget(self) -> None:
+        """Drop all that :meth:`once` made, after the weights were edited."""
+        self._made.clear()
 
     def __repr__(self) -> str:
         return (

@@ -12,7 +12,7 @@ from attribution.errors import AttributionError, BadInputError, ModelError, Unsu
 from attribution.models.anatomy import read_anatomy
 from attribution.models.families import FAMILIES, family_of
 from attribution.models.hub import Fetched, cause_of, fetch, weights_file
-from attribution.models.model import BatchSize, Model
+from attribution.models.model import Model
 from attribution.models.opening import SPREAD, open_elsewhere, open_network
 from attribution.models.registry import BUNDLED, DTYPES, entry_of, registry
 
@@ -55,8 +55,8 @@ def load(
             environment variable ``ATTRIBUTION_MODELS`` when ``None``.
         allow_pickle: Read pickled weights (``pytorch_model.bin``) where there are no safetensors.
         batch_tokens: Tokens in one forward pass, padding included; when ``None``, 1,024 on a processor, and on an
-            accelerator as many as a quarter of its free memory is taken to hold. When memory runs out the number is
-            halved, with a :class:`attribution.engine.batching.SmallerBatchWarning`.
+            accelerator as many as a quarter of its free memory is taken to hold. When memory runs out, the rest of a
+            call runs in batches of half the size, with a :class:`attribution.engine.batching.SmallerBatchWarning`.
 
     Raises:
         BadInputError: If an argument cannot be used.
@@ -66,9 +66,8 @@ def load(
     _check_names(name, revision)
     if batch_tokens is not None and not (type(batch_tokens) is int and batch_tokens > 0):
         raise BadInputError(f"batch_tokens = {batch_tokens!r} is no number of tokens; use 1 or more, or leave it out.")
-    batch = BatchSize(batch_tokens or 0)
     if remote and remote != "local":
-        return _load_remote(name, remote, device=device, dtype=dtype, revision=revision, batch=batch)
+        return _load_remote(name, remote, device=device, dtype=dtype, revision=revision, tokens=batch_tokens)
     place = device if isinstance(device, str) and device in SPREAD else _device(device)
     kind = _dtype(dtype if dtype is not None else entry_of(name).dtype)
     source = _find(name, models_dir)
@@ -84,7 +83,7 @@ def load(
     except Exception as error:  # safetensors and transformers raise many kinds; each gets one sentence.
         raise ModelError(_why_not(name, folder, error, from_hub=bool(commit))) from None
     anatomy = read_anatomy(network._module, name)
-    return Model(name, network, anatomy, network.tokenizer, str(source), commit, remote, batch)
+    return Model(name, network, anatomy, network.tokenizer, str(source), commit, remote, batch_tokens)
 
 
 def _load_remote(
@@ -94,7 +93,7 @@ def _load_remote(
     device: str | torch.device | None,
     dtype: torch.dtype | str | None,
     revision: str | None,
-    batch: BatchSize,
+    tokens: int | None,
 ) -> Model:
     """Return a model whose weights stay elsewhere, made of its config and tokenizer on the hub."""
     if device is not None or dtype is not None:
@@ -120,7 +119,7 @@ def _load_remote(
             f"the config and tokenizer of model {name!r} cannot be fetched from the hub ({type(error).__name__}: "
             f"{cause_of(error)}); go online, log in if the model is gated, or load it here with remote=False."
         ) from None
-    return Model(name, network, anatomy, network.tokenizer, source, revision or "", remote, batch)
+    return Model(name, network, anatomy, network.tokenizer, source, revision or "", remote, tokens)
 
 
 def locate(

@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from attribution.models.anatomy import Anatomy, read_anatomy
 from attribution.models.registry import BUNDLED
 
-T = TypeVar("T")
-
 __all__ = [
     "CHUNK_TOKENS",
-    "BatchSize",
     "Model",
     "batch_tokens_for",
 ]
 
 
-@dataclass
-class BatchSize:
-    """How many tokens one forward pass holds.
-
-    Attributes:
-        tokens: The number, padding included; 0 for what :func:`batch_tokens_for` says.
-    """
-
-    tokens: int = 0
-
-
 # Large enough to keep two cores busy, small enough that what one layer of the bundled models hands to the next stays in
 # a processor's cache (half or twice as many took a sixth longer).
 CHUNK_TOKENS = 1024
-
-
 # Of an accelerator's free memory, what a pass may take; the rest is for blocks of scores and for what is not reckoned.
 _SHARE_OF_MEMORY = 0.25
-
-
 _LARGEST_BATCH = 2**15
 
 
@@ -77,7 +57,7 @@ class Model:
         source: The folder or the hub id that it was loaded from.
         revision: The commit on the hub that was loaded; empty for a folder.
         remote: Where its weights are: here if ``False``; otherwise what :func:`load` was told.
-        batch: How many tokens fit one forward pass, see :attr:`batch_tokens`.
+        tokens_per_pass: Tokens in one forward pass as given; ``None`` for what memory is taken to hold.
     """
 
     name: str
@@ -87,20 +67,19 @@ class Model:
     source: str = ""
     revision: str = ""
     remote: bool | str = False
-    batch: BatchSize = field(default_factory=BatchSize, repr=False)
-    _made: dict[Callable[[Model], Any], Any] = field(default_factory=dict, init=False, repr=False)
+    tokens_per_pass: int | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what the network holds: on the other side it is another one, with weights."""
-        kept = ("name", "network", "source", "revision", "batch")
+        kept = ("name", "network", "source", "revision", "tokens_per_pass")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         network = state["network"]
         anatomy = read_anatomy(network._module, state["name"], check=False)
-        self.__dict__.update(state, anatomy=anatomy, tokenizer=network.tokenizer, remote=False, _made={})
+        self.__dict__.update(state, anatomy=anatomy, tokenizer=network.tokenizer, remote=False)
 
-    @cached_property
+    @property
     def on_site(self) -> Model:
         """The same model for what runs where its weights are, see :func:`attribution.models.running.on_site`."""
         return replace(self, remote=False)
@@ -108,7 +87,11 @@ class Model:
     @property
     def batch_tokens(self) -> int:
         """Tokens in one forward pass, padding included: as given, or what memory is taken to hold."""
-        return self.batch.tokens or batch_tokens_for(self.anatomy)
+        return self.tokens_per_pass or batch_tokens_for(self.anatomy)
+
+    def with_batch_tokens(self, tokens: int) -> Model:
+        """Return the same model with another number of tokens in one forward pass."""
+        return replace(self, tokens_per_pass=tokens)
 
     @property
     def device(self) -> torch.device:
@@ -122,14 +105,3 @@ class Model:
         if not (whence or self.name.startswith(BUNDLED) or self.source in ("", self.name)):
             whence = [self.source]
         return f"{self.name}: {', '.join([*whence, f'{dtype} on {self.device}'])}"
-
-    def once(self, compute: Callable[[Model], T]) -> T:
-        """Return what a function makes of this model: made when first asked for, and kept as long as the model."""
-        if compute not in self._made:
-            self._made[compute] = compute(self)
-        made: T = self._made[compute]
-        return made
-
-    def forget(self) -> None:
-        """Drop all that :meth:`once` made, after the weights were edited."""
-        self._made.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 import attribution as at
 from attribution.engine import ranking
-from attribution.engine.batching import SmallerBatchWarning, by_batch
+from attribution.engine.batching import SmallerBatchWarning, map_batches
 from attribution.experiments import evaluation
 from attribution.models.model import CHUNK_TOKENS
 
@@ -30,13 +32,6 @@ ERRORS = [
 ]
 
 
-@pytest.fixture
-def fresh(model: at.Model, monkeypatch: pytest.MonkeyPatch) -> at.Model:
-    """The model, whose batches are what they were behind the test."""
-    monkeypatch.setattr(model.batch, "tokens", 0)
-    return model
-
-
 def _failing(work: Any, error: Exception, limit: int) -> Any:
     """Work that runs out of memory with more than so many prompts."""
 
@@ -50,71 +45,74 @@ def _failing(work: Any, error: Exception, limit: int) -> Any:
 
 @pytest.mark.parametrize("error", ERRORS, ids=["accelerator", "processor", "python"])
 def test_batch_that_does_not_fit_is_halved_with_a_warning_and_the_same_result(
-    fresh: at.Model, monkeypatch: pytest.MonkeyPatch, error: Exception
+    model: at.Model, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    whole = at.evaluate(fresh, PROMPTS, k=3, progress=False)
+    whole = at.evaluate(model, PROMPTS, k=3, progress=False)
     monkeypatch.setattr(evaluation, "_experiment", _failing(evaluation._experiment, error, 1))
     with pytest.warns(SmallerBatchWarning, match=r"memory ran out with \d prompts of up to \d+ tokens") as said:
-        halved = at.evaluate(fresh, PROMPTS, k=3, progress=False)
+        halved = at.evaluate(model, PROMPTS, k=3, progress=False)
     pd.testing.assert_frame_equal(halved, whole, check_exact=False, rtol=1e-5)
     # Four prompts, two, one.
     assert 1 <= len(said) <= 3
-    assert f"at most {fresh.batch_tokens} tokens from here on" in str(said[-1].message)
-    assert fresh.batch_tokens < CHUNK_TOKENS
-    at.evaluate(fresh, PROMPTS, k=3, progress=False)
+    tokens = int(re.search(r"batch_tokens=(\d+)", str(said[-1].message))[1])  # type: ignore[index]
+    assert tokens < CHUNK_TOKENS == model.batch_tokens
+    at.evaluate(model.with_batch_tokens(tokens), PROMPTS, k=3, progress=False)
 
 
-def test_rankings_are_made_in_halved_batches_as_well(fresh: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = at.attribute(fresh, PROMPTS, k=3)
+def test_rankings_are_made_in_halved_batches_as_well(model: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = at.attribute(model, PROMPTS, k=3)
     monkeypatch.setattr(ranking, "pick", _failing(ranking.pick, ERRORS[0], 2))
     with pytest.warns(SmallerBatchWarning):
-        halved = at.attribute(fresh, PROMPTS, k=3)
+        halved = at.attribute(model, PROMPTS, k=3)
     assert [each.neurons for each in halved] == [each.neurons for each in whole]
 
 
 def test_prompt_that_does_not_fit_alone_is_an_error_of_one_sentence(
-    fresh: at.Model, monkeypatch: pytest.MonkeyPatch
+    model: at.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranking, "pick", _failing(ranking.pick, ERRORS[0], 0))
     with pytest.raises(at.AttributionError, match=r"one prompt of \d+ tokens \(CUDA out of memory") as failure:
-        at.attribute(fresh, PROMPTS[0], k=3)
+        at.attribute(model, PROMPTS[0], k=3)
     assert "\n" not in str(failure.value)
 
 
-def test_another_error_is_not_taken_for_want_of_memory(fresh: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_error_is_not_taken_for_want_of_memory(model: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranking, "pick", _failing(ranking.pick, RuntimeError("shapes do not match"), 0))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        at.attribute(fresh, PROMPTS, k=3)
-    assert fresh.batch_tokens == CHUNK_TOKENS
+        at.attribute(model, PROMPTS, k=3)
+    assert model.batch_tokens == CHUNK_TOKENS
 
 
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
     tokens=st.integers(1, 200),
     fits=st.integers(40, 120),
-    variants=st.integers(1, 3),
 )
-def test_every_prompt_is_worked_on_once_in_batches_that_fit(
-    lengths: list[int], tokens: int, fits: int, variants: int
-) -> None:
+def test_every_item_is_worked_on_once_in_batches_that_fit(lengths: list[int], tokens: int, fits: int) -> None:
+    @dataclass(frozen=True)
     class Small:
-        name, batch_tokens = "small", property(lambda self: self.batch.tokens)
+        batch_tokens: int
+        name: str = "small"
+        remote: bool = False
 
-        def __init__(self) -> None:
-            self.batch = type("Size", (), {"tokens": tokens})()
-
-    def work(rows: list[int]) -> list[int]:
-        if len(rows) * max(lengths[row] for row in rows) > fits:
-            raise MemoryError
-        return rows
+        def with_batch_tokens(self, tokens: int) -> Any:
+            return replace(self, batch_tokens=tokens)
 
     seen: list[int] = []
-    model: Any = Small()
+
+    def work(model: Any, rows: list[int], answer: int) -> list[int]:
+        size = len(rows) * max(lengths[row] for row in rows)
+        if size > fits:
+            raise MemoryError
+        assert len(rows) == 1 or size <= model.batch_tokens
+        seen.extend(rows)
+        return [row + answer for row in rows]
+
+    model: Any = Small(tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *_, **__: None)
-        for rows, found in by_batch(model, lengths, work, variants=variants):
-            assert rows == found
-            seen += rows
+        found = map_batches(model, list(range(len(lengths))), work, 100, lengths=lengths)
+    assert found == [row + 100 for row in range(len(lengths))]
     assert sorted(seen) == list(range(len(lengths)))
 
 
@@ -139,11 +137,11 @@ def test_batch_size_that_is_none_is_refused(folder: Any, size: Any) -> None:
         at.load(str(folder), batch_tokens=size)
 
 
-def test_accelerator_is_given_a_quarter_of_its_free_memory(fresh: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerator_is_given_a_quarter_of_its_free_memory(model: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the numbers of one token: the values of all layers, and on the way four FFNs and eight streams."""
-    anatomy = fresh.anatomy
+    anatomy = model.anatomy
     numbers = anatomy.layers * anatomy.heads * anatomy.head_dim + 4 * anatomy.ffn_neurons + 8 * anatomy.width
     monkeypatch.setattr("attribution.models.model._processor", lambda _: False)
     for free, expected in ((16 * numbers * 50, 50), (2**60, 2**15), (0, 1)):
         monkeypatch.setattr("torch.accelerator.memory.get_memory_info", lambda _, free=free: (free, 2**60))
-        assert fresh.batch_tokens == expected
+        assert model.batch_tokens == expected

@@ -56,7 +56,7 @@ def whole(model: at.Model) -> pd.DataFrame:
 
 @pytest.fixture
 def one_a_batch(monkeypatch: pytest.MonkeyPatch, model: at.Model) -> None:
-    monkeypatch.setattr(model.batch, "tokens", 1)
+    monkeypatch.setattr("attribution.models.model.CHUNK_TOKENS", 1)
 
 
 def _run(folder: Path, file: Path | str, go_on: str = "") -> subprocess.Popen[bytes]:
