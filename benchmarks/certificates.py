@@ -82,8 +82,8 @@ def compare(name: str, every: int) -> bool:
                     found = top_k(candidates, method, K)
                     expected = brute_force(candidates, projected[unit])
                     best = expected.argsort(descending=True, stable=True)[:K]
-                    equal[unit] += found.best.tolist() == best.tolist()
-                    worst = max(worst, float((found.scores - expected[found.best]).abs().max()))
+                    equal[unit] += found.indices.tolist() == best.tolist()
+                    worst = max(worst, float((found.scores - expected[found.indices]).abs().max()))
                     scored[unit].append(found.certificate.scored)
                     total[unit].append(found.certificate.total)
                 bar.update()

@@ -14,13 +14,15 @@ import pandas as pd
 
 from attribution.claims.judge import Claim, Verdict, judge
 from attribution.engine.ablation import outcomes
-from attribution.engine.batching import Progress, batches_of, map_batches
+from attribution.engine.batching import Progress, batches_of
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, worst
+from attribution.engine.masks import AblationKind
 from attribution.engine.metrics import METRICS, by_metric
 from attribution.engine.questions import Question, question_of
-from attribution.engine.ranking import Picked, Ranking, pick, ranking_of
+from attribution.engine.ranking import Ranking, Search, rank_all
 from attribution.engine.trace import read_activations
-from attribution.experiments.evaluation import evaluate_ranked
+from attribution.experiments.design import Design, budgets_of, table_of
+from attribution.experiments.evaluation import references_of, run_design
 from attribution.experiments.selection_rule import known_prompts, one_token_words
 from attribution.models.model import Model
 from attribution.models.registry import Entry, entry_of
@@ -70,9 +72,9 @@ class Workbench:
         self.max_prompts = max_prompts
         self.seed = seed
         self.progress = progress
-        self._frames: dict[tuple[str, tuple[object, ...]], pd.DataFrame] = {}
+        self._frames: dict[tuple[object, ...], pd.DataFrame] = {}
         self._measured: dict[tuple[object, ...], object] = {}
-        self._picked: dict[tuple[Unit, str, int, int], Picked] = {}
+        self._rankings: dict[tuple[str, Unit, int, int], Ranking] = {}
 
     @property
     def entry(self) -> Entry:
@@ -168,9 +170,9 @@ class Workbench:
             self._measured[key] = measure()
         return self._measured[key]  # type: ignore[return-value]
 
-    def picked(
+    def ranked(
         self, methods: Sequence[str], k: Mapping[Unit, int], *, places: Sequence[int], seed: int | None = None
-    ) -> list[dict[str, dict[Unit, Picked]]]:
+    ) -> list[dict[str, dict[Unit, Ranking]]]:
         """Return the best of each prompt by method and unit; no claim's search is run again for a claim that asks less.
 
         Args:
@@ -181,52 +183,43 @@ class Workbench:
         """
         seed = self.seed if seed is None else seed
 
-        def lacks(unit: Unit, method: str, place: int) -> bool:
-            known = self._picked.get((unit, method, seed, place))
-            return known is None or len(known.records) < k[unit]
+        def lacks(method: str, unit: Unit, place: int) -> bool:
+            known = self._rankings.get((method, unit, seed, place))
+            return known is None or len(known) < k[unit]
 
-        wanted: dict[Unit, dict[str, int | None]] = {}
+        wanted: dict[str, dict[Unit, int | None]] = {}
         missing: set[int] = set()
-        for unit, number in k.items():
-            for method in methods:
-                shallow = [place for place in places if lacks(unit, method, place)]
+        for method in methods:
+            for unit, number in k.items():
+                shallow = [place for place in places if lacks(method, unit, place)]
                 if shallow:
-                    wanted.setdefault(unit, {})[method] = number
+                    wanted.setdefault(method, {})[unit] = number
                     missing.update(shallow)
         asked = sorted(missing)
-        questions = [self.questions[place] for place in asked]
-
-        found = map_batches(
+        found = rank_all(
             self.model,
-            questions,
-            pick,
+            [self.questions[place] for place in asked],
             wanted,
-            seed,
-            STEPS,
-            lengths=[len(question.ids) for question in questions],
+            Search(seed, STEPS),
             progress=Progress(f"{self.model.name} ranking by {', '.join(methods)}", self.progress),
         )
-        for place, by_unit in zip(asked, found, strict=True):
-            for unit, by_method in by_unit.items():
-                for method, best in by_method.items():
-                    if lacks(unit, method, place):
-                        self._picked[unit, method, seed, place] = best
+        for place, by_method in zip(asked, found, strict=True):
+            for method, by_unit in by_method.items():
+                for unit, ranking in by_unit.items():
+                    if lacks(method, unit, place):
+                        self._rankings[method, unit, seed, place] = ranking
         return [
             {
-                method: {unit: self._picked[unit, method, seed, place].first(number) for unit, number in k.items()}
+                method: {unit: self._rankings[method, unit, seed, place].first(number) for unit, number in k.items()}
                 for method in methods
             }
             for place in places
         ]
 
     def rankings(self, method: str, unit: str, k: int, *, places: Sequence[int]) -> list[Ranking]:
-        """Return the best of each prompt as rankings without first-order terms, see :meth:`picked`."""
+        """Return the best of each prompt as rankings without first-order terms, see :meth:`ranked`."""
         chosen = unit_named(unit)
-        found = self.picked((method,), {chosen: k}, places=places)
-        return [
-            ranking_of(self.model, self.questions[place], chosen, method, best[method][chosen])
-            for place, best in zip(places, found, strict=True)
-        ]
+        return [each[method][chosen] for each in self.ranked((method,), {chosen: k}, places=places)]
 
     def frames(
         self,
@@ -257,31 +250,32 @@ class Workbench:
             # Nothing to measure: the judge then says that there are too few prompts.
             columns = ["k", "fact", *(f"{metric}_{when}" for metric in METRICS for when in ("before", "after"))]
             return {name: pd.DataFrame(columns=columns, dtype=float) for name in methods}
-        asked = tuple(sorted(k.items())) if isinstance(k, Mapping) else k
-        key = (asked if isinstance(asked, int) else tuple(asked), seed, len(places))
-        missing = [name for name in dict.fromkeys(methods) if (name, (kind, *key)) not in self._frames]
+        budgets = budgets_of(list(k) if isinstance(k, tuple) else k, "ffn")
+        key = (tuple(tuple(sorted(budget.items())) for budget in budgets), seed, len(places))
+        missing = [name for name in dict.fromkeys(methods) if (name, kind, key) not in self._frames]
         if missing:
-            budgets = [k] if isinstance(k, Mapping) else [{"ffn": each} for each in ([k] if isinstance(k, int) else k)]
-            largest = {unit_named(unit): max(budget[unit] for budget in budgets) for unit in budgets[0]}
-            found = self.picked(missing, largest, places=places, seed=seed)
-            records = [
-                {name: {unit: best.records for unit, best in by_unit.items()} for name, by_unit in own.items()}
-                for own in found
-            ]
-            frame = evaluate_ranked(
+            design = Design.of(missing, budgets, list(dict.fromkeys((kind, *together))), seed=seed, steps=STEPS)
+            questions = [self.questions[place] for place in places]
+            ranked = self.ranked(missing, design.largest, places=places, seed=seed)
+            measured = run_design(
                 self.model,
-                [self.questions[place] for place in places],
-                [self.prompts[place] for place in places],
-                records,
-                k=k,
-                kind=list(dict.fromkeys((kind, *together))),
-                reference=self.questions,
-                seed=seed,
-                progress=self.progress,
+                questions,
+                design,
+                references_of(self.model, design, questions, self._reference(design)),
+                ranked=[
+                    {name: {unit: each.neurons for unit, each in by_unit.items()} for name, by_unit in own.items()}
+                    for own in ranked
+                ],
+                progress=Progress(f"{self.model.name} {', '.join(missing)}", self.progress),
             )
-            for (name, measured), rows in frame.groupby(["method", "kind"], sort=False):
-                self._frames[name, (measured, *key)] = rows.reset_index(drop=True)
-        return {name: self._frames[name, (kind, *key)] for name in methods}
+            frame = table_of([self.prompts[place] for place in places], design, measured)
+            for (name, of_kind), rows in frame.groupby(["method", "kind"], sort=False):
+                self._frames[name, of_kind, key] = rows.reset_index(drop=True)
+        return {name: self._frames[name, kind, key] for name in methods}
+
+    def _reference(self, design: Design) -> list[tuple[int, ...]] | None:
+        """Return what ablated coefficients take their values from: all prompts, also where few are ablated."""
+        return None if set(design.kinds) == {AblationKind.ZERO} else [question.ids for question in self.questions]
 
     def judge(
         self,

@@ -91,7 +91,7 @@ def map_batches(
     progress = progress or Progress()
     # Only tqdm's own None tells a notebook from a log.
     hidden = None if progress.shown is None else not progress.shown
-    with tqdm(total=len(items), desc=progress.label, unit="prompt", disable=hidden or not items) as bar:
+    with tqdm(total=len(items), desc=progress.label, unit="prompt", disable=hidden if items else True) as bar:
         for rows, found in each_batch(model, items, work, *shared, lengths=lengths, kept=kept):
             new = dict(zip(rows, found, strict=True))
             results.update(new if kept is None else kept.keep(new))
@@ -121,20 +121,25 @@ def each_batch(
             if kept is not None and all(row in kept.found for row in rows):
                 found: Any = [kept.found[row] for row in rows]
             else:
-                try:
-                    found = on_site(model, work, [items[row] for row in rows], *shared)
-                except Exception as error:
-                    if not _out_of_memory(error):
-                        raise
-                    reason = str(error).strip().partition("\n")[0]
-                else:
-                    reason = ""
-                if reason:
-                    # Outside of the except clause, as the error holds on to all that was computed.
+                found, reason = _attempt(model, work, [items[row] for row in rows], shared)
+                if reason is not None:
                     model = _with_smaller_batches(model, [lengths[row] for row in rows], reason)
                     break
             left.difference_update(rows)
             yield rows, found
+
+
+def _attempt(
+    model: Model, work: Callable[..., Result], items: Sequence[Item], shared: Sequence[Any]
+) -> tuple[Result | None, str | None]:
+    """Return what was made of a batch; or, if memory ran out, ``None`` and what the allocator says of it."""
+    try:
+        return on_site(model, work, items, *shared), None
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        # The error itself would hold on to all that was computed.
+        return None, str(error).strip().partition("\n")[0]
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -156,8 +161,8 @@ def _with_smaller_batches(model: Model, lengths: Sequence[int], reason: str) -> 
     tokens = max(1, len(lengths) * max(lengths) // 2)
     warnings.warn(
         f"memory ran out with {len(lengths)} prompts of up to {max(lengths)} tokens in a batch ({reason}): the rest of "
-        f"this call runs in batches of at most {tokens} tokens; load model {model.name!r} with batch_tokens={tokens} to "
-        "begin with them",
+        f"this call runs in batches of at most {tokens} tokens; load model {model.name!r} with batch_tokens={tokens} "
+        "to begin with them",
         SmallerBatchWarning,
         stacklevel=3,
     )

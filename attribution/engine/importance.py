@@ -121,14 +121,17 @@ class Candidates:
         Raises:
             BadInputError: If a record is not a neuron of the unit, or lies outside the model or the prompt.
         """
-        known = {record: place for place, record in enumerate(self.records(torch.arange(len(self))))}
+        depth = int(self.position.max()) + 1 if len(self) else 1
+        places = []
         for record in records:
-            if record not in known:
+            place = self.table.place_of(record, depth)
+            if place is None:
                 raise BadInputError(
                     f"{record!r} is not among the {len(self)} candidates of unit {self.table.unit!r} for this prompt; "
                     "pass records of the model's neurons, with positions inside the prompt."
                 )
-        return torch.tensor([known[record] for record in records], dtype=torch.long, device=self.index.device)
+            places.append(place)
+        return torch.tensor(places, dtype=torch.long, device=self.index.device)
 
     def records(self, index: Tensor) -> list[Component]:
         """Return the records of the candidates at ``index``, in that order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import overload
 
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attribution.engine.batching import map_batches
+from attribution.engine.batching import Progress, map_batches
 from attribution.engine.gradients import Effects, read_effects
 from attribution.engine.importance import Candidates, candidates_of
 from attribution.engine.methods import Method, method_named, score_candidates
@@ -25,7 +25,7 @@ from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import TokenBatch, pad
 from attribution.records import SUBLAYERS, Component, FFNNeuron, Sublayer, Unit, unit_named
 
-__all__ = ["Picked", "Ranking", "all_candidates", "attribute", "pick", "ranked", "ranking_of", "scores_of"]
+__all__ = ["Ranking", "Search", "all_candidates", "attribute", "rank_all", "rank_batch", "scores_of"]
 
 NAMES: dict[Unit, str] = {
     "ffn": "ffn neurons",
@@ -68,6 +68,11 @@ class Ranking:
 
     def __len__(self) -> int:
         return len(self.neurons)
+
+    def first(self, k: int) -> Ranking:
+        """Return the k best of them: as a search for k would, as none left out is tied with any found."""
+        terms = None if self.first_order is None else self.first_order[:k]
+        return replace(self, neurons=self.neurons[:k], scores=self.scores[:k], first_order=terms)
 
     @property
     def kl(self) -> Tensor | None:
@@ -176,54 +181,79 @@ def _by_slot(effects: Effects, table: VectorTable, row: int, length: int) -> lis
 
 
 @dataclass(frozen=True)
-class Picked:
-    """The best of one prompt by one method: see :class:`attribution.engine.top_k.Selection`, with records as well."""
+class Search:
+    """How neurons are ranked.
 
-    records: list[Component]
-    best: Tensor
-    scores: Tensor
-    certificate: Certificate
-    first_order: Tensor | None
-
-    def first(self, k: int) -> Picked:
-        """Return the k best of them: as a search for k would, as none left out is tied with any found."""
-        terms = None if self.first_order is None else self.first_order[:k]
-        return Picked(self.records[:k], self.best[:k], self.scores[:k], self.certificate, terms)
-
-
-def pick(
-    model: Model,
-    questions: Sequence[Question],
-    wanted: Mapping[Unit, Mapping[str, int | None]],
-    seed: int,
-    steps: int,
-    with_first_order: bool = False,
-) -> list[dict[Unit, dict[str, Picked]]]:
-    """Trace prompts once, in one batch, and return each one's best by unit and method.
-
-    Args:
-        model: A loaded model, whose weights are here.
-        questions: The prompts.
-        wanted: Unit to method to how many; all when ``None``.
+    Attributes:
         seed: Seed for methods that draw random numbers.
         steps: Points on the path of integrated gradients.
         with_first_order: Return the first-order terms of the scores as well, of methods that have them.
     """
+
+    seed: int = 0
+    steps: int = 20
+    with_first_order: bool = False
+
+
+def rank_all(
+    model: Model,
+    questions: Sequence[Question],
+    wanted: Mapping[str, Mapping[Unit, int | None]],
+    search: Search,
+    *,
+    progress: Progress | None = None,
+) -> list[dict[str, dict[Unit, Ranking]]]:
+    """Return the rankings of each question by method and unit, batch by batch where the weights are.
+
+    Args:
+        model: A loaded model.
+        questions: The prompts, tokenised.
+        wanted: Method to unit to how many; all when ``None``. All share one trace per batch.
+        search: How they are ranked.
+        progress: The bar.
+    """
+    lengths = [len(question.ids) for question in questions]
+    return map_batches(model, questions, rank_batch, wanted, search, lengths=lengths, progress=progress)
+
+
+def rank_batch(
+    model: Model,
+    questions: Sequence[Question],
+    wanted: Mapping[str, Mapping[Unit, int | None]],
+    search: Search,
+) -> list[dict[str, dict[Unit, Ranking]]]:
+    """Trace prompts once, in one batch, and return the rankings of each by method and unit, see :func:`rank_all`.
+
+    The model's weights are here.
+    """
+    # 1. One trace, with the backward passes that any of the methods needs.
     batch = pad([question.ids for question in questions], device=model.device)
-    methods = {unit: {name: method_named(name, unit) for name in named} for unit, named in wanted.items()}
-    needed = {unit: list(named.values()) for unit, named in methods.items()}
-    found: list[dict[Unit, dict[str, Picked]]] = []
-    for candidates in all_candidates(model, questions, batch, needed, seed=seed, steps=steps):
-        best: dict[Unit, dict[str, Picked]] = {unit: {} for unit in wanted}
-        for unit, named in wanted.items():
-            for name, k in named.items():
-                chosen = top_k(candidates[unit], methods[unit][name], k, with_first_order=with_first_order)
-                records = candidates[unit].records(chosen.best)
-                scores, terms = chosen.scores.cpu(), chosen.first_order
-                best[unit][name] = Picked(
-                    records, chosen.best.cpu(), scores, chosen.certificate, None if terms is None else terms.cpu()
-                )
-        found.append(best)
+    methods = {(name, unit): method_named(name, unit) for name, units in wanted.items() for unit in units}
+    by_unit: dict[Unit, list[Method]] = {}
+    for (_, unit), method in methods.items():
+        by_unit.setdefault(unit, []).append(method)
+    candidates = all_candidates(model, questions, batch, by_unit, seed=search.seed, steps=search.steps)
+    # 2. The best of each prompt, by each method and unit.
+    found: list[dict[str, dict[Unit, Ranking]]] = []
+    for question, of_prompt in zip(questions, candidates, strict=True):
+        tokens = tuple(model.tokenizer.decode([token]) for token in question.ids)
+        rankings: dict[str, dict[Unit, Ranking]] = {name: {} for name in wanted}
+        for (name, unit), method in methods.items():
+            best = top_k(of_prompt[unit], method, wanted[name][unit], with_first_order=search.with_first_order)
+            terms = best.first_order
+            rankings[name][unit] = Ranking(
+                prompt=question.text,
+                answer=question.answer,
+                answer_id=question.answer_id,
+                unit=unit,
+                method=name,
+                neurons=of_prompt[unit].records(best.indices),
+                scores=best.scores.cpu(),
+                exact=best.certificate,
+                tokens=tokens,
+                first_order=None if terms is None else terms.cpu(),
+            )
+        found.append(rankings)
     return found
 
 
@@ -302,45 +332,13 @@ def attribute(
     Raises:
         BadInputError: If an argument cannot be used; the message says which and why.
     """
+    # 1. What is asked, checked before anything runs.
     chosen = unit_named(unit)
     method_named(method, chosen)
+    # 2. The prompts, each with its tokens and the one token of its answer.
     prompts = prompts_with_answers(prompt, answer)
     questions = [question_of(model, item.text, item.answer) for item in prompts]
-    rankings = ranked(model, questions, chosen, method, k, seed=seed, steps=steps, with_first_order=True)
+    # 3. Trace, bound, score and certify, batch by batch where the weights are: see rank_batch.
+    found = rank_all(model, questions, {method: {chosen: k}}, Search(seed, steps, with_first_order=True))
+    rankings = [each[method][chosen] for each in found]
     return rankings[0] if isinstance(prompt, str | Prompt) else rankings
-
-
-def ranked(
-    model: Model,
-    questions: Sequence[Question],
-    unit: Unit,
-    method: str,
-    k: int | None,
-    *,
-    seed: int = 0,
-    steps: int = 20,
-    with_first_order: bool = False,
-) -> list[Ranking]:
-    """Return the ranking of each question, see :func:`attribute`; without first-order terms unless asked for."""
-    lengths = [len(question.ids) for question in questions]
-    found = map_batches(model, questions, pick, {unit: {method: k}}, seed, steps, with_first_order, lengths=lengths)
-    return [
-        ranking_of(model, question, unit, method, best[unit][method])
-        for question, best in zip(questions, found, strict=True)
-    ]
-
-
-def ranking_of(model: Model, question: Question, unit: Unit, method: str, best: Picked) -> Ranking:
-    """Return what was picked for a question as a ranking."""
-    return Ranking(
-        prompt=question.text,
-        answer=question.answer,
-        answer_id=question.answer_id,
-        unit=unit,
-        method=method,
-        neurons=best.records,
-        scores=best.scores,
-        exact=best.certificate,
-        tokens=tuple(model.tokenizer.decode([token]) for token in question.ids),
-        first_order=best.first_order,
-    )

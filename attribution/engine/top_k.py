@@ -1,4 +1,4 @@
-"""Selection: the top k candidates, found without scoring all of them where the method has a bound.
+"""The top k candidates, found without scoring all of them where the method has a bound.
 
 Ties fall by the order of records: by layer, attention before FFN, then (index) or (head, dim, position).
 """
@@ -15,7 +15,7 @@ from attribution.engine.importance import Candidates
 from attribution.engine.methods import Method, bound_candidates, score_candidates
 from attribution.errors import BadInputError
 
-__all__ = ["Certificate", "Selection", "top_k"]
+__all__ = ["Certificate", "TopK", "top_k"]
 
 # Numbers in one block of updates, candidates x vocabulary: 2**23 float64 numbers are 64 MiB. Each block reads the whole
 # unembedding, except where logits are kept: there a block does better that fits a processor's cache.
@@ -43,17 +43,17 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class Selection:
+class TopK:
     """The k best candidates, best first.
 
     Attributes:
-        best: Indices into the candidates, (k,).
+        indices: Which candidates, (k,).
         scores: Their scores, float64, (k,).
         certificate: Why they are the best.
         first_order: First-order terms of their scores, (k,), if they were asked for and the method has them.
     """
 
-    best: Tensor
+    indices: Tensor
     scores: Tensor
     certificate: Certificate
     first_order: Tensor | None
@@ -96,7 +96,7 @@ def _score(
     return score_candidates(method, part), first_order
 
 
-def top_k(candidates: Candidates, method: Method, k: int | None, *, with_first_order: bool = False) -> Selection:
+def top_k(candidates: Candidates, method: Method, k: int | None, *, with_first_order: bool = False) -> TopK:
     """Return the k best candidates, best first.
 
     With a bound, candidates are scored in decreasing bound until the k-th best exact score is above every
@@ -167,7 +167,7 @@ def _selected(
     tolerance: float,
     slack: float,
     total: int,
-) -> Selection:
+) -> TopK:
     """Return the k best of what was scored; ``places`` are the candidates in the order of the blocks."""
     # Back in order of records, so that ties fall by it.
     places, back = places.sort()
@@ -175,4 +175,4 @@ def _selected(
     best = _descending(scores, tolerance)[:k]
     terms = [term for _, term in blocks if term is not None]
     first_order = torch.cat(terms)[back][best] if terms else None
-    return Selection(places[best], scores[best], Certificate(len(scores), total, slack, tolerance), first_order)
+    return TopK(places[best], scores[best], Certificate(len(scores), total, slack, tolerance), first_order)

@@ -12,7 +12,7 @@ from torch import Tensor
 from attribution.engine.projection import before_softmax, largest_row_norm
 from attribution.models.anatomy import Anatomy, ByLayer, Readout
 from attribution.models.model import Model
-from attribution.records import NEURON_UNITS, SUBLAYERS, Component, Layer, Unit
+from attribution.records import NEURON_UNITS, SUBLAYERS, AttentionNeuron, Component, FFNNeuron, Layer, Neuron, Unit
 
 __all__ = ["VectorTable", "slots_of", "table_of"]
 
@@ -122,6 +122,30 @@ class VectorTable:
             places = (torch.arange(len(rows)), slots, rows, sources)
             self._places[positions] = tuple(each.to(device) for each in places)
         return self._places[positions]
+
+    def place_of(self, record: Component, positions: int) -> int | None:
+        """Return the index of a neuron among the candidates of :meth:`places`; ``None`` if it is not one of them."""
+        kind = "ffn" if isinstance(record, FFNNeuron) else "attention"
+        starts = self._starts(positions).get((record.layer, kind)) if isinstance(record, Neuron) else None
+        if starts is None:
+            return None
+        start, rows, depth = starts
+        if isinstance(record, FFNNeuron):
+            return start + record.index if 0 <= record.index < rows else None
+        assert isinstance(record, AttentionNeuron)
+        heads = rows // self.per_head
+        inside = 0 <= record.head < heads and 0 <= record.dim < self.per_head and 0 <= record.position < depth
+        return start + (record.head * self.per_head + record.dim) * depth + record.position if inside else None
+
+    def _starts(self, positions: int) -> dict[tuple[int, str], tuple[int, int, int]]:
+        """Return, for each sublayer, the index of its first candidate, its rows, and the candidates of each row."""
+        found: dict[tuple[int, str], tuple[int, int, int]] = {}
+        start = 0
+        for sublayer, rows in zip(self.sublayers, self.sizes, strict=True):
+            depth = positions if sublayer.kind == "attention" else 1
+            found[sublayer.layer, sublayer.kind] = (start, rows, depth)
+            start += rows * depth
+        return found
 
     def written(self, slot: int, rows: Tensor) -> Tensor:
         """Return vectors as they are written for a coefficient and a gain of 1, float64, (rows, width)."""

@@ -3,71 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
 
 from attribution.engine.ablation import Reference, measure_ablated, reference_of
-from attribution.engine.batching import Progress, map_batches
-from attribution.engine.masks import AblationKind, ablation_kind
-from attribution.engine.methods import method_named
-from attribution.engine.metrics import Outcome, measure_each
+from attribution.engine.batching import Kept, Progress, map_batches
+from attribution.engine.masks import AblationKind
+from attribution.engine.metrics import measure_each
 from attribution.engine.questions import Question, encode_all, prompts_with_answers, question_of
-from attribution.engine.ranking import pick
+from attribution.engine.ranking import Search, rank_batch
 from attribution.engine.trace import run_plainly
-from attribution.errors import BadInputError
+from attribution.experiments.design import Ablated, Design, Measurement, budgets_of, table_of
 from attribution.experiments.journal import journal
 from attribution.models.fingerprint import facts_of
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import pad
-from attribution.records import Component, Unit, unit_named
+from attribution.records import Component, Unit
 
-__all__ = ["best_records", "evaluate", "evaluate_ranked"]
+__all__ = ["Ranked", "evaluate", "measure_batch", "references_of", "run_design"]
 
-
-def best_records(
-    model: Model,
-    questions: Sequence[Question],
-    methods: Sequence[str],
-    k: Mapping[Unit, int],
-    *,
-    seed: int = 0,
-    steps: int = 20,
-) -> list[dict[str, dict[Unit, list[Component]]]]:
-    """Return each prompt's best records by method and unit, best first; one batch in one trace serves all.
-
-    Args:
-        model: A loaded model.
-        questions: The prompts.
-        methods: Registered methods.
-        k: How many of each unit; at most as many as a prompt has.
-        seed: Seed for methods that draw random numbers.
-        steps: Points on the path of integrated gradients.
-    """
-    wanted: dict[Unit, dict[str, int | None]] = {unit: dict.fromkeys(methods, number) for unit, number in k.items()}
-    return [
-        {name: {unit: best[unit][name].records for unit in k} for name in methods}
-        for best in pick(model, questions, wanted, seed, steps)
-    ]
-
-
-def _budgets(k: int | Sequence[int] | Mapping[str, int], unit: str) -> list[dict[Unit, int]]:
-    """Return every budget asked for, each as how many of each unit."""
-    if isinstance(k, Mapping):
-        if not k:
-            raise BadInputError("k = {} names no unit; give a number, or a number for each unit to ablate.")
-        return [{unit_named(name): number for name, number in k.items()}]
-    numbers: list[Any] = list(k) if isinstance(k, list | tuple) else [k]
-    if not numbers:
-        raise BadInputError(f"k = {k!r} holds no number; give at least one.")
-    if len(set(numbers)) < len(numbers):
-        raise BadInputError(f"k = {k!r} holds a number twice; give each once.")
-    return [{unit_named(unit): number} for number in numbers]
+Ranked: TypeAlias = Mapping[str, Mapping[Unit, Sequence[Component]]]
+"""The best records of one prompt by method and unit, best first."""
 
 
 def evaluate(
@@ -117,114 +78,71 @@ def evaluate(
     Raises:
         BadInputError: If an argument cannot be used.
     """
-    kinds = [ablation_kind(each) for each in ([kind] if isinstance(kind, str) else kind)]
-    budgets = _budgets(k, unit)
-    names = [method] if isinstance(method, str) else list(method)
-    if not names or not kinds:
-        raise BadInputError("the list of methods or kinds is empty; give at least one registered method and one kind.")
-    for each in budgets[0]:
-        for name in names:
-            method_named(name, each)
+    # 1. What is asked: the arms that every prompt is measured in.
+    design = Design.of(method, budgets_of(k, unit), kind, at_source=at_source, seed=seed, steps=steps)
+    # 2. Of what: questions, and the prompts that ablated coefficients take their values from.
     prompts = prompts_with_answers(prompts, None)
     questions = [question_of(model, prompt.text, prompt.answer) for prompt in prompts]
-    encoded = [question.ids for question in questions]
     given = None if reference is None else encode_all(model, reference)
-    if given is not None and set(kinds) == {AblationKind.ZERO}:
-        reference_of(model, "zero", given)
-    values = _references(model, kinds, encoded, given, seed)
-    # All that a result depends on.
-    asked = {
+    references = references_of(model, design, questions, given)
+    # 3. Rank, ablate, rerun and measure, batch by batch where the weights are; a journal keeps what is measured.
+    header = {
         "prompts": [[question.text, question.answer] for question in questions],
-        "method": names,
-        "k": [dict(budget) for budget in budgets],
-        "kind": [each_kind.value for each_kind in kinds],
+        **design.to_json(),
         "reference": given,
-        "at_source": at_source,
-        "seed": seed,
-        "steps": steps,
+        **_facts(model),
     }
-    bar = Progress(f"{model.name} {', '.join(names)}", progress)
-    lengths = [len(ids) for ids in encoded]
-    with nullcontext() if resume is None else journal(resume, asked | _facts(model), len(prompts)) as kept:
-        results = map_batches(
-            model, questions, _experiment, names, budgets, values, at_source, seed, steps,
-            lengths=lengths, progress=bar, kept=kept,
-        )  # fmt: skip
-    return _table(prompts, names, values, budgets, results)
+    bar = Progress(f"{model.name} {', '.join(design.methods)}", progress)
+    with nullcontext() if resume is None else journal(resume, header, len(prompts)) as kept:
+        measured = run_design(model, questions, design, references, progress=bar, kept=kept)
+    # 4. One row for each arm and prompt.
+    return table_of(prompts, design, measured)
 
 
-def evaluate_ranked(
+def run_design(
     model: Model,
     questions: Sequence[Question],
-    prompts: Sequence[Prompt],
-    ranked: Sequence[Mapping[str, Mapping[Unit, list[Component]]]],
+    design: Design,
+    references: Mapping[AblationKind, Reference | None],
     *,
-    k: int | Sequence[int] | Mapping[str, int],
-    kind: Sequence[str],
-    reference: Sequence[Question],
-    seed: int,
-    progress: bool,
-) -> pd.DataFrame:
-    """Return the table of :func:`evaluate` for prompts whose best FFN neurons, or units of ``k``, are known already.
+    ranked: Sequence[Ranked] | None = None,
+    progress: Progress | None = None,
+    kept: Kept | None = None,
+) -> list[Measurement]:
+    """Measure every question in every arm of a design: the driver of :func:`evaluate` and of the claims.
 
     Args:
         model: A loaded model.
         questions: The prompts, tokenised.
-        prompts: The prompts.
-        ranked: For each prompt, method to unit to records, best first, at least as many as the largest number asked.
-        k: As there.
-        kind: Kinds of ablation.
-        reference: Prompts that ``"mean"`` and ``"resample"`` take their values from.
-        seed: Seed of the donors that ``"resample"`` draws.
-        progress: Show a progress bar.
+        design: What is done to each.
+        references: What each kind of ablation takes its values from, see :func:`references_of`.
+        ranked: The best of each prompt where they are known already, at least as many as the largest budget; ranked
+            here when ``None``.
+        progress: The bar.
+        kept: Measurements of an earlier run.
     """
-    budgets, names, encoded = _budgets(k, "ffn"), list(ranked[0]), [question.ids for question in questions]
-    given = [question.ids for question in reference]
-    values = _references(model, [ablation_kind(each) for each in kind], encoded, given, seed)
-    jobs = list(zip(questions, ranked, strict=True))
-    bar = Progress(f"{model.name} {', '.join(names)}", progress)
-    lengths = [len(ids) for ids in encoded]
-    results = map_batches(model, jobs, _ablated, names, budgets, values, False, lengths=lengths, progress=bar)
-    return _table(prompts, names, values, budgets, results)
+    known: Sequence[Ranked | None] = [None] * len(questions) if ranked is None else ranked
+    jobs = list(zip(questions, known, strict=True))
+    lengths = [len(question.ids) for question in questions]
+    return map_batches(model, jobs, measure_batch, design, references, lengths=lengths, progress=progress, kept=kept)
 
 
-def _references(
-    model: Model,
-    kinds: Sequence[AblationKind],
-    encoded: Sequence[Sequence[int]],
-    given: Sequence[Sequence[int]] | None,
-    seed: int,
+def references_of(
+    model: Model, design: Design, questions: Sequence[Question], given: Sequence[Sequence[int]] | None = None
 ) -> dict[AblationKind, Reference | None]:
-    """Return what each kind of ablation takes its values from: what is given, or the ablated prompts themselves."""
+    """Return what each kind of a design takes its values from: what is given, or the ablated prompts themselves.
+
+    Raises:
+        BadInputError: If prompts are given that no kind takes anything from, or a prompt has no donor.
+    """
+    ablated = [question.ids for question in questions]
+    if given is not None and set(design.kinds) == {AblationKind.ZERO}:
+        reference_of(model, "zero", given)
     values: dict[AblationKind, Reference | None] = {}
-    for kind in kinds:
-        others = None if kind is AblationKind.ZERO else encoded if given is None else given
-        values[kind] = reference_of(model, kind.value, others, ablated=encoded, seed=seed)
+    for kind in design.kinds:
+        others = None if kind is AblationKind.ZERO else ablated if given is None else given
+        values[kind] = reference_of(model, kind.value, others, ablated=ablated, seed=design.seed)
     return values
-
-
-def _arms(
-    names: Sequence[str], kinds: Collection[AblationKind], budgets: Sequence[Mapping[Unit, int]]
-) -> list[tuple[str, AblationKind, int]]:
-    """Return all that each prompt is measured in: method, kind, and number of the budget."""
-    return [(name, kind, number) for name in names for kind in kinds for number in range(len(budgets))]
-
-
-def _table(
-    prompts: Sequence[Prompt],
-    names: Sequence[str],
-    kinds: Collection[AblationKind],
-    budgets: Sequence[Mapping[Unit, int]],
-    results: Sequence[Sequence[Any]],
-) -> pd.DataFrame:
-    """Return what was measured, by row of the prompts, as the table of :func:`evaluate`."""
-    return pd.DataFrame(
-        [
-            _table_row(prompt, name, kind, sum(budgets[number].values()), results[row][0], results[row][1][place])
-            for place, (name, kind, number) in enumerate(_arms(names, kinds, budgets))
-            for row, prompt in enumerate(prompts)
-        ]
-    )
 
 
 def _facts(model: Model) -> dict[str, Any]:
@@ -233,99 +151,67 @@ def _facts(model: Model) -> dict[str, Any]:
     return {"model": model.described(), "weights": facts_of(model).weights if here else None}
 
 
-def _experiment(
+def measure_batch(
     model: Model,
-    questions: Sequence[Question],
-    names: Sequence[str],
-    budgets: Sequence[Mapping[Unit, int]],
-    kinds: Mapping[AblationKind, Reference | None],
-    at_source: bool,
-    seed: int,
-    steps: int,
-) -> list[list[Any]]:
-    """Rank one batch of prompts once, ablate every prompt's best in every arm, and measure.
+    jobs: Sequence[tuple[Question, Ranked | None]],
+    design: Design,
+    references: Mapping[AblationKind, Reference | None],
+) -> list[Measurement]:
+    """Rank one batch of prompts, ablate every prompt's best in every arm, and measure.
 
     Args:
         model: A loaded model, whose weights are here.
-        questions: The prompts.
-        names: Methods.
-        budgets: How many of each unit.
-        kinds: Kinds of ablation, and what each takes its values from.
-        at_source: See :func:`evaluate`.
-        seed: As there.
-        steps: As there.
-
-    Returns:
-        For each prompt the fields of its :class:`Outcome` before, and a list of those after, by method, kind and
-        budget, each with how many coefficients were replaced as its last entry.
+        jobs: The prompts, each with its best where they are known.
+        design: What is done to each.
+        references: What each kind of ablation takes its values from.
     """
-    largest = {unit: max(budget[unit] for budget in budgets) for unit in budgets[0]}
-    ranked = best_records(model, questions, names, largest, seed=seed, steps=steps)
-    return _ablated(model, list(zip(questions, ranked, strict=True)), names, budgets, kinds, at_source)
-
-
-def _ablated(
-    model: Model,
-    jobs: Sequence[tuple[Question, Mapping[str, Mapping[Unit, list[Component]]]]],
-    names: Sequence[str],
-    budgets: Sequence[Mapping[Unit, int]],
-    kinds: Mapping[AblationKind, Reference | None],
-    at_source: bool,
-) -> list[list[Any]]:
-    """Ablate the best of one batch of prompts in every arm, and measure; returns what :func:`_experiment` does."""
-    questions, ranked = [question for question, _ in jobs], [best for _, best in jobs]
+    questions, arms = [question for question, _ in jobs], design.arms
+    # 1. One batch in one trace ranks for all methods and units.
+    if all(ranked is not None for _, ranked in jobs):
+        best: Sequence[Ranked] = [ranked for _, ranked in jobs if ranked is not None]
+    else:
+        wanted: dict[str, dict[Unit, int | None]] = {name: {**design.largest} for name in design.methods}
+        rankings = rank_batch(model, questions, wanted, Search(design.seed, design.steps))
+        best = [
+            {method: {unit: each.neurons for unit, each in by_unit.items()} for method, by_unit in own.items()}
+            for own in rankings
+        ]
+    # 2. How the plain model answers, and what its blocks return: reruns begin there.
     plain = run_plainly(model, pad([question.ids for question in questions], device=model.device))
     before = measure_each(plain.logits, [question.answer_id for question in questions])
-    arms = _arms(names, kinds, budgets)
-    found: list[list[Any]] = [[list(astuple(outcome)), [None] * len(arms)] for outcome in before]
-    for kind, reference in kinds.items():
-        reruns = [(row, place) for row in range(len(questions)) for place, arm in enumerate(arms) if arm[1] is kind]
-        chosen = {(row, place): _chosen(ranked[row][arms[place][0]], budgets[arms[place][2]]) for row, place in reruns}
-        # What begins in the same layer runs together, and the layers below it are not run again.
+    # 3. What each arm ablates in each prompt.
+    chosen = {
+        (row, place): _chosen(best[row][arm.method], arm.budget)
+        for row in range(len(questions))
+        for place, arm in enumerate(arms)
+    }
+    # 4. Rerun and measure. What begins in the same layer runs together, and the layers below it are not run again.
+    after: dict[tuple[int, int], Ablated] = {}
+    for kind, reference in references.items():
+        reruns = [job for job in chosen if arms[job[1]].kind is kind]
         reruns.sort(key=lambda job: min((record.layer for record in chosen[job]), default=model.anatomy.layers))
         for part in _in_passes(reruns, questions, model.batch_tokens):
             rows = torch.tensor([row for row, _ in part], device=model.device)
-            after = measure_ablated(
-                model,
-                [(questions[job[0]], chosen[job]) for job in part],
-                reference,
-                at_source,
-                None if model.anatomy.spread else (plain, rows),
+            begun = None if model.anatomy.spread else (plain, rows)
+            found = measure_ablated(
+                model, [(questions[job[0]], chosen[job]) for job in part], reference, design.at_source, begun
             )
-            for (row, place), (outcome, replaced) in zip(part, after, strict=True):
-                found[row][1][place] = [*astuple(outcome), replaced]
-    return found
+            after.update((job, Ablated(*each)) for job, each in zip(part, found, strict=True))
+    return [
+        Measurement(outcome, tuple(after[row, place] for place in range(len(arms))))
+        for row, outcome in enumerate(before)
+    ]
 
 
 def _in_passes(
-    jobs: Sequence[tuple[int, int]], questions: Sequence[Question], tokens: int
+    reruns: Sequence[tuple[int, int]], questions: Sequence[Question], tokens: int
 ) -> Iterator[Sequence[tuple[int, int]]]:
-    """Yield jobs, in the order given, as many at a time as one pass of so many tokens holds."""
+    """Yield reruns, in the order given, as many at a time as one pass of so many tokens holds."""
     longest = max(len(question.ids) for question in questions)
     at_once = max(1, tokens // longest)
-    for start in range(0, len(jobs), at_once):
-        yield jobs[start : start + at_once]
+    for start in range(0, len(reruns), at_once):
+        yield reruns[start : start + at_once]
 
 
-def _table_row(
-    prompt: Prompt, method: str, kind: AblationKind, k: int, before: Sequence[float], after: Sequence[float]
-) -> dict[str, object]:
-    """Return one row of the table of :func:`evaluate`."""
-    *measured, replaced = after
-    names = [each.name for each in fields(Outcome)]
-    return {
-        "method": method,
-        "kind": kind.value,
-        "k": k,
-        "prompt": prompt.text,
-        "answer": prompt.answer,
-        "category": prompt.category,
-        "fact": prompt.fact,
-        "distinct": replaced,
-        **{f"{name}_before": value for name, value in zip(names, before, strict=True)},
-        **{f"{name}_after": value for name, value in zip(names, measured, strict=True)},
-    }
-
-
-def _chosen(ranked: Mapping[Unit, list[Component]], budget: Mapping[Unit, int]) -> list[Component]:
+def _chosen(ranked: Mapping[Unit, Sequence[Component]], budget: Mapping[Unit, int]) -> list[Component]:
     return [record for unit, number in budget.items() for record in ranked[unit][:number]]

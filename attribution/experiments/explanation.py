@@ -209,7 +209,7 @@ def explain(model: Model, prompt: str, answer: str | None = None, *, k: int = 10
     for unit, selection in best.items():
         assert selection.first_order is not None, "the method has them"
         value_neurons[unit] = _value_neurons(
-            model, question, candidates[unit].take(selection.best), selection.scores, selection.first_order
+            model, question, candidates[unit].take(selection.indices), selection.scores, selection.first_order
         )
     # Candidates come in forward order: attention before FFN in every layer, and head after head.
     by_layer = score_candidates(method, candidates["layer"]).view(-1, 2).T.tolist()
@@ -238,7 +238,7 @@ def explain(model: Model, prompt: str, answer: str | None = None, *, k: int = 10
         query_left_out=len(wakers.left_out),
         query_amplification=wakers.amplification,
         ablations=_ablations(
-            model, question, candidates, {unit: selection.best for unit, selection in best.items()}, wakers
+            model, question, candidates, {unit: selection.indices for unit, selection in best.items()}, wakers
         ),
     )
 

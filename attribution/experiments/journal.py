@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from attribution.errors import BadInputError
+from attribution.experiments.design import Measurement
 
 __all__ = ["Journal", "journal"]
 
@@ -31,13 +32,13 @@ class Journal:
         file: Where more is appended.
     """
 
-    found: dict[int, Any]
+    found: dict[int, Measurement]
     file: BinaryIO
 
-    def keep(self, results: Mapping[int, Any]) -> dict[int, Any]:
+    def keep(self, results: Mapping[int, Measurement]) -> dict[int, Measurement]:
         """Add the results of some prompts, and return them when they are on the disk; what was there before stands."""
         new = {number: found for number, found in results.items() if number not in self.found}
-        lines = [json.dumps({"prompt": number, "found": found}) + "\n" for number, found in new.items()]
+        lines = [json.dumps({"prompt": number, "found": found.to_json()}) + "\n" for number, found in new.items()]
         self.file.write("".join(lines).encode())
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -74,12 +75,12 @@ def journal(path: str | os.PathLike[str], asked: Mapping[str, Any], prompts: int
         if lines:
             _require_same(lines[0], head, where)
         file.truncate(len(whole) + 1 if lines else 0)
-        found: dict[int, Any] = {}
+        found: dict[int, Measurement] = {}
         for line in lines[1:]:
             number = line.get("prompt")
             if not isinstance(number, int) or not 0 <= number < prompts or "found" not in line:
                 raise BadInputError(f"resume={str(where)!r} holds a line that is no result; remove it to start anew.")
-            found[number] = line["found"]
+            found[number] = Measurement.of_json(line["found"])
         opened = Journal(found, file)
         if not lines:
             file.write((json.dumps(head) + "\n").encode())

@@ -12,8 +12,8 @@ import torch
 import attribution as at
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Claim, Status
-from attribution.engine.ranking import pick
-from attribution.experiments.evaluation import evaluate_ranked
+from attribution.engine.ranking import rank_all
+from attribution.experiments.evaluation import run_design
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Fact, Knowledge
 
@@ -83,8 +83,8 @@ def test_what_was_measured_is_not_measured_again(bench: Workbench, monkeypatch: 
     first = bench.frames(("log_prob_increase",), 3)["log_prob_increase"]
     asked = []
     monkeypatch.setattr(
-        "attribution.claims.bench.evaluate_ranked",
-        lambda *arguments, **options: asked.append(list(arguments[3][0])) or evaluate_ranked(*arguments, **options),
+        "attribution.claims.bench.run_design",
+        lambda *arguments, **options: asked.append([*arguments[2].methods]) or run_design(*arguments, **options),
     )
     frames = bench.frames(("random", "log_prob_increase"), 3)
     assert asked == [["random"]]
@@ -115,19 +115,19 @@ def test_frames_are_what_evaluate_returns(bench: Workbench, kind: str) -> None:
 def test_search_for_fewer_is_not_run_again(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     searched = []
     monkeypatch.setattr(
-        "attribution.claims.bench.pick",
-        lambda model, questions, wanted, **options: (
-            searched.append((len(questions), wanted)) or pick(model, questions, wanted, **options)
+        "attribution.claims.bench.rank_all",
+        lambda model, questions, wanted, *options, **more: (
+            searched.append((len(questions), wanted)) or rank_all(model, questions, wanted, *options, **more)
         ),
     )
     places, method = [0, 1], "log_prob_increase"
-    bench.picked((method,), {"ffn": 5}, places=[1])
-    assert searched == [(1, {"ffn": {method: 5}})]
-    found = bench.picked((method, "output_norm"), {"ffn": 9, "attention": 4}, places=places)
+    bench.ranked((method,), {"ffn": 5}, places=[1])
+    assert searched == [(1, {method: {"ffn": 5}})]
+    found = bench.ranked((method, "output_norm"), {"ffn": 9, "attention": 4}, places=places)
     assert searched[1:] == [
-        (2, {"ffn": {method: 9, "output_norm": 9}, "attention": {method: 4, "output_norm": 4}}),
+        (2, {method: {"ffn": 9, "attention": 4}, "output_norm": {"ffn": 9, "attention": 4}}),
     ]
-    fewer = bench.picked(("output_norm", method), {"ffn": 3}, places=places)
+    fewer = bench.ranked(("output_norm", method), {"ffn": 3}, places=places)
     for k, unit in ((3, "ffn"), (2, "attention"), (9, "ffn")):
         for place, ranking in zip(places, bench.rankings(method, unit, k, places=places), strict=True):
             prompt = bench.prompts[place]
@@ -136,10 +136,10 @@ def test_search_for_fewer_is_not_run_again(bench: Workbench, monkeypatch: pytest
             # Two float32 forward passes of batches of other sizes.
             torch.testing.assert_close(ranking.scores, alone.scores, rtol=0, atol=1e-5)
     for own, more in zip(fewer, found, strict=True):
-        assert own["output_norm"]["ffn"].records == more["output_norm"]["ffn"].records[:3]
-    assert len(searched) == 2
-    bench.picked((method,), {"ffn": 3}, places=places, seed=1)
-    assert len(searched) == 3
+        assert own["output_norm"]["ffn"].neurons == more["output_norm"]["ffn"].neurons[:3]
+    assert [number for number, _ in searched if number] == [1, 2]
+    bench.ranked((method,), {"ffn": 3}, places=places, seed=1)
+    assert [number for number, _ in searched if number] == [1, 2, 2]
 
 
 def test_verdict_carries_what_was_measured_by_prompt(bench: Workbench) -> None:

@@ -48,7 +48,7 @@ def test_batch_that_does_not_fit_is_halved_with_a_warning_and_the_same_result(
     model: at.Model, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     whole = at.evaluate(model, PROMPTS, k=3, progress=False)
-    monkeypatch.setattr(evaluation, "_experiment", _failing(evaluation._experiment, error, 1))
+    monkeypatch.setattr(evaluation, "measure_batch", _failing(evaluation.measure_batch, error, 1))
     with pytest.warns(SmallerBatchWarning, match=r"memory ran out with \d prompts of up to \d+ tokens") as said:
         halved = at.evaluate(model, PROMPTS, k=3, progress=False)
     pd.testing.assert_frame_equal(halved, whole, check_exact=False, rtol=1e-5)
@@ -61,7 +61,7 @@ def test_batch_that_does_not_fit_is_halved_with_a_warning_and_the_same_result(
 
 def test_rankings_are_made_in_halved_batches_as_well(model: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = at.attribute(model, PROMPTS, k=3)
-    monkeypatch.setattr(ranking, "pick", _failing(ranking.pick, ERRORS[0], 2))
+    monkeypatch.setattr(ranking, "rank_batch", _failing(ranking.rank_batch, ERRORS[0], 2))
     with pytest.warns(SmallerBatchWarning):
         halved = at.attribute(model, PROMPTS, k=3)
     assert [each.neurons for each in halved] == [each.neurons for each in whole]
@@ -70,14 +70,14 @@ def test_rankings_are_made_in_halved_batches_as_well(model: at.Model, monkeypatc
 def test_prompt_that_does_not_fit_alone_is_an_error_of_one_sentence(
     model: at.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranking, "pick", _failing(ranking.pick, ERRORS[0], 0))
+    monkeypatch.setattr(ranking, "rank_batch", _failing(ranking.rank_batch, ERRORS[0], 0))
     with pytest.raises(at.AttributionError, match=r"one prompt of \d+ tokens \(CUDA out of memory") as failure:
         at.attribute(model, PROMPTS[0], k=3)
     assert "\n" not in str(failure.value)
 
 
 def test_another_error_is_not_taken_for_want_of_memory(model: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "pick", _failing(ranking.pick, RuntimeError("shapes do not match"), 0))
+    monkeypatch.setattr(ranking, "rank_batch", _failing(ranking.rank_batch, RuntimeError("shapes do not match"), 0))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         at.attribute(model, PROMPTS, k=3)
     assert model.batch_tokens == CHUNK_TOKENS
@@ -119,13 +119,13 @@ def test_every_item_is_worked_on_once_in_batches_that_fit(lengths: list[int], to
 def test_batch_size_is_what_was_given(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = at.load(str(folder), batch_tokens=7)
     sizes: list[int] = []
-    pick = ranking.pick
+    rank = ranking.rank_batch
 
     def seen(model: at.Model, questions: Any, *rest: Any, **options: Any) -> Any:
         sizes.append(len(questions))
-        return pick(model, questions, *rest, **options)
+        return rank(model, questions, *rest, **options)
 
-    monkeypatch.setattr(ranking, "pick", seen)
+    monkeypatch.setattr(ranking, "rank_batch", seen)
     at.attribute(model, PROMPTS, k=1)
     assert sizes == [1, 1, 1, 1]
     assert at.load(str(folder)).batch_tokens == CHUNK_TOKENS

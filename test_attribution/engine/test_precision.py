@@ -70,7 +70,7 @@ def test_certified_top_k_is_that_of_scoring_all_in_every_dtype(
     ((_, batch),) = batches_of(model, questions)
     for candidates in all_candidates(model, questions, batch, {"ffn": [scorer]}, seed=0, steps=1):
         found, every = top_k(candidates["ffn"], scorer, K), top_k(candidates["ffn"], scorer, None)
-        assert torch.equal(found.best, every.best[:K])
+        assert torch.equal(found.indices, every.indices[:K])
         assert found.certificate.slack > found.certificate.tolerance
         assert found.scores.dtype == torch.float64
         if method == "log_prob_increase":

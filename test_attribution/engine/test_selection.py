@@ -187,7 +187,7 @@ def test_certified_top_k_equals_scoring_every_neuron(name: str, unit: str, data:
     scores = score_candidates(method, candidates)
     expected = _by_score_then_record(scores.tolist(), candidates.tolerance)[:k]
     selection = top_k(candidates, method, k)
-    best, best_scores, certificate = selection.best, selection.scores, selection.certificate
+    best, best_scores, certificate = selection.indices, selection.scores, selection.certificate
     assert best_scores.tolist() == pytest.approx(scores[expected].tolist(), abs=candidates.tolerance)
     if not _tied_by_a_hair(scores, candidates.tolerance):
         assert best.tolist() == expected
@@ -250,7 +250,7 @@ def test_most_neurons_are_never_scored_yet_the_top_ten_is_exact(name: str) -> No
     method = method_named(name, "ffn")
     selection, everything = top_k(candidates, method, 10), top_k(candidates, method, None)
     scores, certificate, full = selection.scores, selection.certificate, everything.certificate
-    assert selection.best.tolist() == everything.best[:10].tolist()
+    assert selection.indices.tolist() == everything.indices[:10].tolist()
     assert scores.tolist() == pytest.approx(everything.scores[:10].tolist(), abs=candidates.tolerance)
     assert (full.scored, full.total, full.slack) == (3000, 3000, math.inf)
     assert certificate.scored < 1000
@@ -274,7 +274,7 @@ def test_a_probability_may_rise_from_below_what_float64_can_hold() -> None:
         answer=0,
     )
     selection = top_k(candidates, method_named("prob_increase", "ffn"), 1)
-    assert selection.best.tolist() == [1]
+    assert selection.indices.tolist() == [1]
     assert selection.scores.tolist() == pytest.approx([1 / (1 + math.exp(-1))])
 
 
@@ -282,16 +282,16 @@ def test_a_score_above_every_bound_left_is_what_stops_the_search() -> None:
     """Neurons whose bound is high but whose score is low must not crowd out one that comes later."""
     candidates = _few_candidates(torch.tensor([400.0, 300.0, 200.0, 1.0, 0.5] * 20, dtype=torch.float64))
     method = method_named("log_prob_increase", "ffn")
-    everything = top_k(candidates, method, None).best
+    everything = top_k(candidates, method, None).indices
     for k in (1, 2, 5):
-        assert top_k(candidates, method, k).best.tolist() == everything[:k].tolist()
+        assert top_k(candidates, method, k).indices.tolist() == everything[:k].tolist()
 
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_equal_scores_fall_in_the_order_of_records(name: str) -> None:
     coefficient = torch.tensor([0.5, 1.0, 0.5, 1.0] * 25, dtype=torch.float64)
     candidates = _few_candidates(coefficient, duplicate=True)
-    best = top_k(candidates, method_named(name, "ffn"), 60).best
+    best = top_k(candidates, method_named(name, "ffn"), 60).indices
     scores = score_candidates(method_named(name, "ffn"), candidates)
     expected = sorted(range(100), key=lambda number: (-float(scores[number % 2]), number))
     assert best.tolist() == expected[:60]
@@ -300,7 +300,7 @@ def test_equal_scores_fall_in_the_order_of_records(name: str) -> None:
 def test_neurons_that_write_nothing_tie_in_the_order_of_records() -> None:
     candidates = _few_candidates(torch.zeros(50, dtype=torch.float64))
     for name in (*PROJECTED, "coefficient", "output_norm", "coefficient_by_rank"):
-        assert top_k(candidates, method_named(name, "ffn"), 7).best.tolist() == list(range(7)), name
+        assert top_k(candidates, method_named(name, "ffn"), 7).indices.tolist() == list(range(7)), name
 
 
 def test_scoring_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,10 +312,10 @@ def test_scoring_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr("attribution.engine.top_k._BLOCK_NUMBERS", 8 * 7)
         monkeypatch.setattr("attribution.engine.top_k._KEPT_BLOCK_NUMBERS", 8 * 7)
         in_blocks = top_k(candidates, method_named(name, "ffn"), None)
-        assert in_blocks.best.tolist() == whole.best.tolist(), name
+        assert in_blocks.indices.tolist() == whole.indices.tolist(), name
         assert in_blocks.scores.tolist() == pytest.approx(whole.scores.tolist(), abs=1e-12), name
-        few = top_k(candidates, method_named(name, "ffn"), 9).best
-        assert few.tolist() == whole.best[:9].tolist(), name
+        few = top_k(candidates, method_named(name, "ffn"), 9).indices
+        assert few.tolist() == whole.indices[:9].tolist(), name
 
 
 @pytest.mark.parametrize("k", [0, -1, 51])
@@ -420,7 +420,7 @@ def test_random_draws_do_not_depend_on_the_company_of_other_prompts(model: at.Mo
 def test_every_neuron_has_the_same_chance_to_be_drawn() -> None:
     counts = torch.zeros(20)
     for seed in range(600):
-        drawn = top_k(replace(_few_candidates(torch.ones(20)), seed=seed), method_named("random", "ffn"), 5).best
+        drawn = top_k(replace(_few_candidates(torch.ones(20)), seed=seed), method_named("random", "ffn"), 5).indices
         counts[drawn] += 1
     # Binomial: mean 150, standard deviation 10.6. Five deviations.
     assert 97 < counts.min() <= counts.max() < 203

@@ -34,13 +34,13 @@ folder, file, go_on = sys.argv[1:]
 model = at.load("bundled:gpt2", batch_tokens=1)
 prompts = [prompt for prompt in at.load_knowledge().prompts if prompt.phrasing == 0][:12]
 if go_on == "slowly":
-    experiment = evaluation._experiment
+    experiment = evaluation.measure_batch
 
     def slowly(*arguments):
         time.sleep(0.3)
         return experiment(*arguments)
 
-    evaluation._experiment = slowly
+    evaluation.measure_batch = slowly
 frame = at.evaluate(
     model, prompts, method=["log_prob_increase", "random"], k=[1, 10], kind=["zero", "resample"], progress=False,
     resume=file or None,
@@ -88,15 +88,15 @@ def test_results_are_appended_batch_by_batch_and_not_measured_again(
     model: at.Model, whole: pd.DataFrame, one_a_batch: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file, asked = tmp_path / "results", []
-    experiment = evaluation._experiment
+    experiment = evaluation.measure_batch
 
-    def interrupted(model: at.Model, questions: Any, *rest: Any) -> Any:
-        asked.append([question.text for question in questions])
+    def interrupted(model: at.Model, jobs: Any, *rest: Any) -> Any:
+        asked.append([question.text for question, _ in jobs])
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return experiment(model, questions, *rest)
+        return experiment(model, jobs, *rest)
 
-    monkeypatch.setattr(evaluation, "_experiment", interrupted)
+    monkeypatch.setattr(evaluation, "measure_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         at.evaluate(model, PROMPTS, resume=file, **ASKED)
     assert len(file.read_text().splitlines()) == 1 + 2
@@ -196,12 +196,12 @@ def test_folder_that_is_missing_is_an_error(model: at.Model, tmp_path: Path) -> 
 
 @pytest.mark.skipif(os.name == "nt", reason="only Unix locks the file")
 def test_two_runs_do_not_write_one_file(model: at.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, experiment = tmp_path / "results", evaluation._experiment
+    file, experiment = tmp_path / "results", evaluation.measure_batch
 
     def nested(*arguments: Any) -> Any:
         with pytest.raises(at.AttributionError, match="is being written by another run"):
             at.evaluate(model, PROMPTS, resume=file, **ASKED)
         return experiment(*arguments)
 
-    monkeypatch.setattr(evaluation, "_experiment", nested)
+    monkeypatch.setattr(evaluation, "measure_batch", nested)
     at.evaluate(model, PROMPTS, resume=file, **ASKED)

@@ -18,16 +18,14 @@ import numpy.typing as npt
 
 from attribution.claims.about_methods.common import BASELINES, METHOD, not_applicable
 from attribution.claims.about_methods.plants import Kind, Task, planting_of, task_of
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import STEPS, Workbench
 from attribution.claims.judge import Claim, Verdict, judge_exact
 from attribution.engine.ablation import outcomes
-from attribution.engine.batching import batches_of
 from attribution.engine.decomposition import rounding
 from attribution.engine.methods import METHODS
 from attribution.engine.projection import largest_row_norm
 from attribution.engine.queries import query
-from attribution.engine.ranking import attribute
-from attribution.experiments.evaluation import best_records
+from attribution.engine.ranking import Search, attribute, rank_all
 from attribution.experiments.planting import displaced, planted
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Prompt
@@ -86,11 +84,10 @@ def _measure_first(bench: Workbench, kind: Kind, methods: Sequence[str]) -> dict
         for name in asked:
             found[name].append(np.zeros(len(task.questions), dtype=bool))
         with _at(bench, kind, strength) as model:
-            for rows, _ in batches_of(model, task.questions):
-                ranked = best_records(model, [task.questions[row] for row in rows], asked, {unit: 1})
-                for row, best in zip(rows, ranked, strict=True):
-                    for name in asked:
-                        found[name][-1][row] = _is(best[name][unit][0], values[task.column[row]])
+            ranked = rank_all(model, task.questions, {name: {unit: 1} for name in asked}, Search(0, STEPS))
+            for row, best in enumerate(ranked):
+                for name in asked:
+                    found[name][-1][row] = _is(best[name][unit].neurons[0], values[task.column[row]])
     return {name: np.stack(curve) for name, curve in found.items()}
 
 

@@ -16,11 +16,10 @@ from attribution.claims.about_methods.common import MIN_PROMPTS, NO_FFN, STEPS, 
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Claim, Verdict
 from attribution.engine.ablation import outcomes
-from attribution.engine.batching import batches_of
 from attribution.engine.methods import METHODS
 from attribution.engine.metrics import by_metric
 from attribution.engine.questions import Question, question_of
-from attribution.experiments.evaluation import best_records
+from attribution.engine.ranking import Search, rank_all
 from attribution.experiments.randomisation import randomised
 from attribution.models.model import Model
 from attribution.records import Component
@@ -41,12 +40,8 @@ _SHARE = 0.5
 
 def _ranked(model: Model, questions: list[Question], method: str, seed: int) -> list[list[Component]]:
     """Return the top 10 for each question, as ranked on a model."""
-    best: dict[int, list[Component]] = {}
-    for rows, _ in batches_of(model, questions):
-        part = [questions[row] for row in rows]
-        ranked = best_records(model, part, (method,), {"ffn": K}, seed=seed, steps=STEPS)
-        best.update({row: each[method]["ffn"] for row, each in zip(rows, ranked, strict=True)})
-    return [best[row] for row in range(len(questions))]
+    found = rank_all(model, questions, {method: {"ffn": K}}, Search(seed, STEPS))
+    return [each[method]["ffn"].neurons for each in found]
 
 
 def _chosen(bench: Workbench, method: str, control: str) -> list[list[Component]]:

@@ -151,7 +151,7 @@ def _measured(bench: Workbench, method: str) -> list[Sample]:
         final = read_activations(model, batch, logits=False).resid_final
         for row, by_unit, state in zip(rows, ranked, final, strict=True):
             candidates = by_unit["ffn"]
-            order = top_k(candidates, scorer, None).best
+            order = top_k(candidates, scorer, None).indices
             # Another seed than that of the random scores, which are drawn anew from theirs.
             chosen = candidates.take(order[sampled_ranks(len(order), candidates.seed + 1)])
             drawn[row] = Sample(

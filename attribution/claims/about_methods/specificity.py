@@ -268,7 +268,7 @@ def _head_scores(bench: Workbench, method: str, places: Sequence[int]) -> npt.ND
         found = all_candidates(bench.model, part, batch, {"head": [scorer]}, seed=bench.seed, steps=STEPS)
         for row, candidates in zip(rows, found, strict=True):
             every = top_k(candidates["head"], scorer, None)
-            scores[row, every.best.cpu()] = every.scores.cpu()
+            scores[row, every.indices.cpu()] = every.scores.cpu()
     return scores
 
 

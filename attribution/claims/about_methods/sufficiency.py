@@ -70,7 +70,7 @@ def first_vectors(candidates: Candidates, method: Method, number: int) -> list[i
     each_neuron = len(candidates) == _vectors(candidates)
     k = min(len(candidates), number if each_neuron else _RANKED * number)
     while True:
-        found = list(dict.fromkeys(vectors[top_k(candidates, method, k).best].tolist()))
+        found = list(dict.fromkeys(vectors[top_k(candidates, method, k).indices].tolist()))
         if len(found) >= number or k == len(candidates):
             return found[:number]
         k = min(len(candidates), 2 * k)

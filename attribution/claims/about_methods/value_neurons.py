@@ -99,7 +99,7 @@ def _matched(bench: Workbench, method: str, budget: dict[str, int], seed: int) -
     """Return matched controls for each prompt of a part, and their norms as a share of the value neurons'."""
     places = bench.part(MIN_PROMPTS)
     asked = [bench.questions[place] for place in places]
-    best = bench.picked((method,), {unit_named(unit): number for unit, number in budget.items()}, places=places)
+    best = bench.ranked((method,), {unit_named(unit): number for unit, number in budget.items()}, places=places)
     controls: list[list[Component]] = [[] for _ in asked]
     norms = {"chosen": 0.0, "drawn": 0.0}
     for rows, batch in batches_of(bench.model, asked):
@@ -108,7 +108,7 @@ def _matched(bench: Workbench, method: str, budget: dict[str, int], seed: int) -
         found = all_candidates(bench.model, questions, batch, wanted, seed=seed, steps=STEPS)
         for row, by_unit in zip(rows, found, strict=True):
             for unit, candidates in by_unit.items():
-                chosen = best[row][method][unit].best.to(bench.model.device)
+                chosen = candidates.places_of(best[row][method][unit].neurons)
                 drawn = matched(candidates, chosen)
                 controls[row] += candidates.records(drawn)
                 size = score_candidates(wanted[unit][0], candidates)

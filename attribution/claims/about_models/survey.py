@@ -10,15 +10,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
 
 from attribution.claims.about_methods.common import METHOD
 from attribution.claims.about_methods.query_neurons import query_budget
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Claim, Extremes
+from attribution.engine.batching import Progress
 from attribution.engine.queries import QueryRanking, query
 from attribution.engine.questions import question_of
-from attribution.engine.ranking import Ranking, ranked
+from attribution.engine.ranking import Ranking, Search, rank_all
 from attribution.models.registry import KNOWLEDGE_FAMILIES
 from attribution.records import Component, Head, Layer, Unit
 
@@ -34,8 +34,6 @@ _VALUE_NUMBERS: dict[Unit, int] = {"ffn": 100, "attention": 200}
 _SHARED_OF = 300
 _LARGEST_SHARE = 0.05
 _TOP_LAYERS = 10
-# Prompts between two steps of the progress bar.
-_AT_ONCE = 60
 
 
 @dataclass(frozen=True)
@@ -118,18 +116,13 @@ class Survey:
         """Rank a unit on every prompt, for other answers if some are given; without first-order terms."""
         if k is not None and answers is None:
             return self.bench.rankings(method, unit, k, places=self.places)
-        model, found = self.bench.model, list[Ranking]()
+        model = self.bench.model
         texts = [self.bench.prompts[place].text for place in self.places]
         questions = [self.bench.questions[place] for place in self.places]
         if answers is not None:
             questions = [question_of(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
-        what = f"{model.name} {unit} {method}"
-        with tqdm(total=len(texts), desc=what, unit="prompt", disable=not self.bench.progress) as bar:
-            for start in range(0, len(texts), _AT_ONCE):
-                part = slice(start, start + _AT_ONCE)
-                found += ranked(model, questions[part], unit, method, k)
-                bar.update(len(texts[part]))
-        return found
+        bar = Progress(f"{model.name} {unit} {method}", self.bench.progress)
+        return [each[method][unit] for each in rank_all(model, questions, {method: {unit: k}}, Search(), progress=bar)]
 
     def value_neurons(self, unit: Unit) -> int:
         """How many of a unit's neurons are its value neurons: the paper's number, or all of a smaller model."""

@@ -105,7 +105,7 @@ def _measured(bench: Workbench, kind: Sublayer) -> tuple[Survey, list[_OfPrompt]
             each = all_candidates(bench.model, part, batch, {kind: [method]}, seed=bench.seed, steps=STEPS)
             for row, by_unit in zip(rows, each, strict=True):
                 candidates, own = by_unit[kind], words[found.categories[row]]
-                best = top_k(candidates, method, min(_NEURONS, len(candidates))).best
+                best = top_k(candidates, method, min(_NEURONS, len(candidates))).indices
                 others = _others(candidates, best, questions[row], bench.seed)
                 of_prompt[row] = _OfPrompt(_raised(candidates, best, own), _raised(candidates, others, own))
         return found, [of_prompt[row] for row in range(len(questions))]

@@ -426,7 +426,7 @@ def _drawn_otherwise(bench: Workbench) -> int:
 def _matched_otherwise(traced: _Traced, unit: Unit) -> int:
     """Return how many matched neurons are chosen ones, are drawn twice or have no chosen one in their layer."""
     candidates = traced.candidates[unit]
-    chosen = top_k(candidates, METHODS[METHOD], min(_DRAWN, len(candidates))).best
+    chosen = top_k(candidates, METHODS[METHOD], min(_DRAWN, len(candidates))).indices
     drawn = matched(candidates, chosen)
 
     def vectors(places: Tensor) -> list[tuple[int, int]]:
