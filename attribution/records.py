@@ -22,12 +22,12 @@ __all__ = [
     "HeadPosition",
     "Layer",
     "Neuron",
-    "Sublayer",
+    "SublayerKind",
     "Unit",
     "unit_named",
 ]
 
-Sublayer: TypeAlias = Literal["attention", "ffn"]
+SublayerKind: TypeAlias = Literal["attention", "ffn"]
 
 
 @dataclass(frozen=True, order=True)
@@ -86,7 +86,7 @@ class Layer:
     """One attention or FFN layer."""
 
     layer: int
-    kind: Sublayer
+    kind: SublayerKind
 
     def __str__(self) -> str:
         return f"{self.kind[0]}{self.layer}"
@@ -102,7 +102,7 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 
 NEURON_UNITS: tuple[Unit, ...] = ("ffn", "attention", "neuron")
 
-SUBLAYERS: dict[Unit, tuple[Sublayer, ...]] = {
+SUBLAYERS: dict[Unit, tuple[SublayerKind, ...]] = {
     "ffn": ("ffn",),
     "attention": ("attention",),
     "neuron": ("attention", "ffn"),

@@ -70,8 +70,7 @@ def mix(pattern: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("bhqp,bphd->bqhd", pattern, values).flatten(-2)
 
 
-def _bias(biases: tuple[Tensor | None, ...], layer: int, like: Tensor) -> Tensor:
-    bias = biases[layer]
+def _bias(bias: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if bias is None else bias.double().expand_as(like)
 
 
@@ -109,15 +108,16 @@ def decomposition_errors(activations: Activations, anatomy: Anatomy, mask: Tenso
     additions = 2 * anatomy.layers
     for layer in range(anatomy.layers):
         attention, ffn = activations.attention_output[layer].double(), activations.ffn_output[layer].double()
-        vectors, subvalues = anatomy.value_vectors[layer].double(), anatomy.subvalues[layer].double()
+        own = anatomy.sublayer(layer, "attention")
+        vectors = own.vectors.double()
         pattern, values = activations.pattern[layer].double(), activations.values[layer].double()
         per_head = vectors.unflatten(0, (anatomy.heads, anatomy.head_dim))
         # The norm that may follow averages over the width.
-        attention_normed = anatomy.attention_post_norms[layer] is not None
+        attention_normed = own.post_norm is not None
         attention_terms = anatomy.heads * anatomy.head_dim + mask.shape[1] + attention_normed * anatomy.width
         attention_rounding = rounding(dtype, attention_terms, normed=attention_normed)
-        factor = _factor(activations.attention_gain[layer], anatomy.attention_fold[layer])
-        bias = factor * _bias(anatomy.attention_bias, layer, attention)
+        factor = _factor(activations.attention_gain[layer], own.post_weight)
+        bias = factor * _bias(own.bias, attention)
         # A head's output, sum over source positions p and dimensions d of alpha_p val_p[d] o[d]: once through its
         # mixed value, once through each source position's vector.
         neurons = factor * (mix(pattern, values) @ vectors)
@@ -125,11 +125,13 @@ def decomposition_errors(activations: Activations, anatomy: Anatomy, mask: Tenso
         heads = factor * torch.einsum("bhqp,bphw->bqw", pattern, torch.einsum("bphd,hdw->bphw", values, per_head))
         check("heads", heads + bias, attention_size, attention, attention_rounding)
         check("attention_neurons", neurons + bias, attention_size, attention, attention_rounding)
-        ffn_normed = anatomy.ffn_post_norms[layer] is not None
+        own = anatomy.sublayer(layer, "ffn")
+        subvalues = own.vectors.double()
+        ffn_normed = own.post_norm is not None
         ffn_terms = anatomy.ffn_neurons + 1 + ffn_normed * anatomy.width
         ffn_rounding = rounding(dtype, ffn_terms, normed=ffn_normed)
-        factor = _factor(activations.ffn_gain[layer], anatomy.ffn_fold[layer])
-        ffn_bias = factor * _bias(anatomy.ffn_bias, layer, ffn)
+        factor = _factor(activations.ffn_gain[layer], own.post_weight)
+        ffn_bias = factor * _bias(own.bias, ffn)
         coefficients = activations.coefficients[layer].double()
         ffn_neurons = factor * (coefficients @ subvalues)
         ffn_size = factor.abs() * (coefficients.abs() @ subvalues.abs()) + ffn_bias.abs()

@@ -64,7 +64,7 @@ from attribution.models.anatomy import Anatomy, Subkeys, first_tensor, resolve
 from attribution.models.norms import Norm, centre, frozen_scale, normalise
 from attribution.models.running import run
 from attribution.prompts.tokens import TokenBatch
-from attribution.records import Sublayer
+from attribution.records import SublayerKind
 
 if TYPE_CHECKING:
     from attribution.models.model import Model
@@ -78,7 +78,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # take 0.65 GB (0.85 GB for grad_drop) more than their forward pass, measured as peak resident memory.
 CHUNK_TOKENS = 512
 
-_FORWARD: tuple[Sublayer, ...] = ("attention", "ffn")
+_FORWARD: tuple[SublayerKind, ...] = ("attention", "ffn")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def read_effects(
     kind: str,
     *,
     steps: int = 20,
-    units: Sequence[Sublayer] = ("ffn", "attention"),
+    units: Sequence[SublayerKind] = ("ffn", "attention"),
 ) -> Effects:
     """Return what one kind of estimate says about every neuron of every prompt of a batch.
 
@@ -178,7 +178,7 @@ class _Site:
     """
 
     layer: int
-    unit: Sublayer
+    unit: SublayerKind
     entered: Tensor
     effect: Callable[[Tensor], Tensor]
 
@@ -206,7 +206,7 @@ def _to_values(pattern: Tensor, slope: Tensor) -> Tensor:
 
 
 def _visit_site(
-    block: Any, layer: int, unit: Sublayer, anatomy: Anatomy, batch: TokenBatch, points: Tensor | None = None
+    block: Any, layer: int, unit: SublayerKind, anatomy: Anatomy, batch: TokenBatch, points: Tensor | None = None
 ) -> _Site:
     """Visit one sublayer inside a trace.
 
@@ -238,7 +238,7 @@ def _visit_site(
 
 
 def _visit_blocks(
-    network: Any, anatomy: Anatomy, batch: TokenBatch, units: Sequence[Sublayer]
+    network: Any, anatomy: Anatomy, batch: TokenBatch, units: Sequence[SublayerKind]
 ) -> tuple[list[_Site], list[Tensor]]:
     """Visit every block inside a trace; the graph begins at the input of the first, as parameters want no gradient.
 
@@ -273,7 +273,7 @@ def _by_unit(sites: Sequence[_Site], effects: Sequence[Tensor]) -> dict[str, Ten
     }
 
 
-def _gradient(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence[Sublayer]) -> dict[str, Tensor]:
+def _gradient(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence[SublayerKind]) -> dict[str, Tensor]:
     """Return gradient x activation of each wanted unit."""
 
     def visit(network: Any, saved: dict[str, Any]) -> None:
@@ -285,7 +285,7 @@ def _gradient(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence[
     return run(model, batch.inputs(), visit)
 
 
-def _grad_drop(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence[Sublayer]) -> dict[str, Tensor]:
+def _grad_drop(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence[SublayerKind]) -> dict[str, Tensor]:
     """Return the signed GradDrop average of each wanted unit.
 
     No layer need be dropped in a pass of its own. With layer d dropped, the slope at the stream after d passes
@@ -318,7 +318,7 @@ def _grad_drop(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence
     return run(model, batch.inputs(), visit)
 
 
-def _integrated(model: Model, batch: TokenBatch, answers: Tensor, unit: Sublayer, steps: int) -> Tensor:
+def _integrated(model: Model, batch: TokenBatch, answers: Tensor, unit: SublayerKind, steps: int) -> Tensor:
     """Return integrated gradients of one unit, with the points of the path as rows of a batch."""
     anatomy = model.anatomy
     prompts, positions = batch.ids.shape
@@ -340,7 +340,7 @@ def _integrand(
     model: Model,
     prompts: TokenBatch,
     answers: Tensor,
-    unit: Sublayer,
+    unit: SublayerKind,
     layer: int,
     rows: Tensor,
     points: Tensor,
@@ -371,7 +371,7 @@ def _integrand(
     return effect
 
 
-def _relevance(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence[Sublayer]) -> dict[str, Tensor]:
+def _relevance(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence[SublayerKind]) -> dict[str, Tensor]:
     """Return the relevance of each wanted unit: the slopes of the frozen, linear model, from the last layer down.
 
     In a parallel block both halves read the stream before it; in the others the FFN reads what attention has
@@ -383,12 +383,20 @@ def _relevance(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence
     found: dict[str, list[Tensor]] = {unit: [] for unit in units}
     for layer in reversed(range(anatomy.layers)):
         resid_pre, resid_mid = _precise(seen.resid_pre[layer]), _precise(seen.resid_mid[layer])
-        at_ffn = _to_neurons(slope, seen.ffn_gain[layer], anatomy.ffn_fold[layer], anatomy.subvalues[layer])
+        at_ffn = _to_neurons(
+            slope,
+            seen.ffn_gain[layer],
+            anatomy.sublayer(layer, "ffn").post_weight,
+            anatomy.sublayer(layer, "ffn").vectors,
+        )
         read_by_ffn = resid_pre if anatomy.parallel else resid_mid
-        from_ffn = _before_ffn(at_ffn, read_by_ffn, anatomy.ffn_norms[layer], anatomy.subkeys[layer])
+        from_ffn = _before_ffn(at_ffn, read_by_ffn, anatomy.sublayer(layer, "ffn").input_norm, anatomy.subkeys[layer])
         after_attention = slope if anatomy.parallel else slope + from_ffn
         at_attention = _to_neurons(
-            after_attention, seen.attention_gain[layer], anatomy.attention_fold[layer], anatomy.value_vectors[layer]
+            after_attention,
+            seen.attention_gain[layer],
+            anatomy.sublayer(layer, "attention").post_weight,
+            anatomy.sublayer(layer, "attention").vectors,
         )
         pattern, values = seen.pattern[layer], _precise(seen.values[layer])
         from_attention = _before_attention(at_attention, resid_pre, pattern, values, layer, anatomy)
@@ -463,7 +471,7 @@ def _before_attention(
     slope: Tensor, entered: Tensor, pattern: Tensor, values: Tensor, layer: int, anatomy: Anatomy
 ) -> Tensor:
     """Pass slopes at mixed values, (B, P, H * dh), on to the stream that the attention reads, (B, P, D)."""
-    norm = anatomy.attention_norms[layer]
+    norm = anatomy.sublayer(layer, "attention").input_norm
     weight, bias = anatomy.value_subkeys(layer)
     at_values = _to_values(pattern, slope.unflatten(-1, values.shape[-2:]))
     if anatomy.value_clip is not None:

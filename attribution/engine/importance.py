@@ -23,7 +23,7 @@ from attribution.engine.vectors import VectorTable, slots_of
 from attribution.errors import BadInputError
 from attribution.models.anatomy import Anatomy
 from attribution.models.norms import frozen_scale
-from attribution.records import SUBLAYERS, AttentionNeuron, Component, FFNNeuron, Head, HeadPosition, Sublayer, Unit
+from attribution.records import SUBLAYERS, AttentionNeuron, Component, FFNNeuron, Head, HeadPosition, SublayerKind, Unit
 
 __all__ = [
     "Candidates",
@@ -261,13 +261,13 @@ def _of_prompt(
     parts = coefficients if unit == "head_position" else coefficients.sum(-1, keepdim=True)
     written = []
     for layer in range(anatomy.layers):
-        per_head = anatomy.value_vectors[layer].double().unflatten(0, (anatomy.heads, anatomy.head_dim))
+        per_head = anatomy.sublayer(layer, "attention").vectors.double().unflatten(0, (anatomy.heads, anatomy.head_dim))
         written.append(torch.einsum("hdp,hdw->hpw", parts[layer], per_head).flatten(0, 1))
     return VectorTable(
         unit,
         slots_of(unit, anatomy),
         tuple(written),
-        anatomy.attention_fold,
+        tuple(each.post_weight for each in anatomy.attention),
         anatomy.readout,
         depth,
     )
@@ -298,7 +298,7 @@ def candidates_of(
         seed: Seed for methods that draw random numbers.
         effects: By the name of a backward pass, what it says per slot, (rows, positions) or (rows, 1) each.
     """
-    coefficients: dict[Sublayer, Tensor] = {}
+    coefficients: dict[SublayerKind, Tensor] = {}
     if "ffn" in SUBLAYERS[unit]:
         ffn = activations.coefficients[:, prompt].double() * activations.ffn_gain[:, prompt, None].double()
         coefficients["ffn"] = ffn

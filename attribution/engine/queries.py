@@ -41,13 +41,13 @@ from attribution.models.anatomy import Anatomy
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import pad
-from attribution.records import AttentionNeuron, FFNNeuron, Neuron, Sublayer
+from attribution.records import AttentionNeuron, FFNNeuron, Neuron, SublayerKind
 from attribution.wording import counted
 
 __all__ = ["QueryRanking", "query"]
 
 # How many value neurons of each unit the paper takes (its Tables 6 and 14).
-_VALUE_NEURONS: dict[Sublayer, int] = {"ffn": 100, "attention": 200}
+_VALUE_NEURONS: dict[SublayerKind, int] = {"ffn": 100, "attention": 200}
 # Numbers kept of one forward pass: 2**26 float32 numbers are 256 MiB.
 _TRACED_NUMBERS = 2**26
 
@@ -234,7 +234,7 @@ def _strongest(model: Model, questions: Sequence[Question]) -> list[tuple[list[N
     ]
 
 
-def _layers_frame(anatomy: Anatomy, totals: dict[Sublayer, Tensor], *, biases: bool) -> pd.DataFrame:
+def _layers_frame(anatomy: Anatomy, totals: dict[SublayerKind, Tensor], *, biases: bool) -> pd.DataFrame:
     components: list[tuple[str, int | None]] = [("embedding", None)]
     components += [(kind, layer) for layer in range(anatomy.layers) for kind in ("attention", "ffn")]
     components += [("bias", None)] if biases else []
@@ -263,7 +263,7 @@ class _Woken:
     best: Tensor
     scores: Tensor
     candidates: int
-    totals: dict[Sublayer, Tensor]
+    totals: dict[SublayerKind, Tensor]
     kept: Tensor
     amplification: float
 
@@ -310,7 +310,7 @@ def _explain(
             "wider dtype."
         )
     is_ffn = torch.tensor([isinstance(neuron, FFNNeuron) for neuron in neurons], device=importance.device)
-    members: dict[Sublayer, Tensor] = {"ffn": divided.kept & is_ffn, "attention": divided.kept & ~is_ffn}
+    members: dict[SublayerKind, Tensor] = {"ffn": divided.kept & is_ffn, "attention": divided.kept & ~is_ffn}
     readers = [neuron for neuron in kept if isinstance(neuron, AttentionNeuron)]
     attention = members["attention"]
     scores = query_neuron_scores(

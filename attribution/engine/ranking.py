@@ -23,7 +23,7 @@ from attribution.models.model import Model
 from attribution.models.running import on_site
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import TokenBatch, pad
-from attribution.records import SUBLAYERS, Component, FFNNeuron, Sublayer, Unit, unit_named
+from attribution.records import SUBLAYERS, Component, FFNNeuron, SublayerKind, Unit, unit_named
 
 __all__ = ["Ranking", "Search", "all_candidates", "attribute", "rank_all", "rank_batch", "scores_of"]
 
@@ -139,7 +139,7 @@ def all_candidates(
     """
     activations = read_activations(model, batch, logits=False)
     answers = torch.tensor([question.answer_id for question in questions], device=batch.ids.device)
-    needs: dict[str, set[Sublayer]] = {}
+    needs: dict[str, set[SublayerKind]] = {}
     for unit, methods in wanted.items():
         for method in methods:
             if method.effects is not None:

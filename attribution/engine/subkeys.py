@@ -16,7 +16,7 @@ from torch import Tensor
 from attribution.engine.trace import Activations
 from attribution.models.anatomy import Anatomy, Subkeys
 from attribution.models.norms import Norm, frozen_scale, normalise
-from attribution.records import AttentionNeuron, FFNNeuron, Neuron, Sublayer
+from attribution.records import AttentionNeuron, FFNNeuron, Neuron, SublayerKind
 
 __all__ = [
     "SUBKEYS",
@@ -150,9 +150,9 @@ def components_of(activations: Activations, prompt: int, length: int) -> Tensor:
     return torch.cat([embedding[None], sublayers[:, :, :length].flatten(0, 1)]).double()
 
 
-def _by_layer(neurons: Sequence[Neuron]) -> dict[tuple[Sublayer, int], list[int]]:
+def _by_layer(neurons: Sequence[Neuron]) -> dict[tuple[SublayerKind, int], list[int]]:
     """Return the numbers of the neurons of each sublayer."""
-    groups: dict[tuple[Sublayer, int], list[int]] = {}
+    groups: dict[tuple[SublayerKind, int], list[int]] = {}
     for number, neuron in enumerate(neurons):
         groups.setdefault(("ffn" if isinstance(neuron, FFNNeuron) else "attention", neuron.layer), []).append(number)
     return groups
@@ -193,13 +193,15 @@ def read_subkeys(
     for (sublayer, layer), group in _by_layer(neurons).items():
         numbers = whole(group)
         if sublayer == "ffn":
-            norm, reach = anatomy.ffn_norms[layer], 2 * layer + (1 if anatomy.parallel else 2)
+            norm, reach = anatomy.sublayer(layer, "ffn").input_norm, 2 * layer + (1 if anatomy.parallel else 2)
             positions = torch.full_like(numbers, length - 1)
             rows = whole([cast(FFNNeuron, neurons[number]).index for number in group])
             normed = normalise(components[:reach, -1].sum(0), norm)
-            keys, bias = ffn_subkeys(anatomy.subkeys[layer], anatomy.subvalues[layer], rows, normed, subkey)
+            keys, bias = ffn_subkeys(
+                anatomy.subkeys[layer], anatomy.sublayer(layer, "ffn").vectors, rows, normed, subkey
+            )
         else:
-            norm, reach = anatomy.attention_norms[layer], 2 * layer + 1
+            norm, reach = anatomy.sublayer(layer, "attention").input_norm, 2 * layer + 1
             readers = [cast(AttentionNeuron, neurons[number]) for number in group]
             positions = whole([neuron.position for neuron in readers])
             rows = whole([neuron.head * anatomy.head_dim + neuron.dim for neuron in readers])
@@ -283,9 +285,9 @@ def query_neuron_scores(
     reads = torch.nn.functional.one_hot(places, coefficients.shape[1]) * weights[:, None]
     for layer in range(highest):
         keys = reads[above > layer].T @ folded[above > layer]
-        fold = anatomy.ffn_fold[layer]
+        fold = anatomy.sublayer(layer, "ffn").post_weight
         if fold is not None:
             keys = keys * fold.double()
         written = coefficients[layer].double() * gains[layer, :, None].double()
-        scores[layer] = (written * (keys @ anatomy.subvalues[layer].double().T)).sum(0)
+        scores[layer] = (written * (keys @ anatomy.sublayer(layer, "ffn").vectors.double().T)).sum(0)
     return scores

@@ -138,7 +138,9 @@ def _edit_sources(
     rows = torch.arange(len(last), device=last.device)
     pattern = _all_heads(output[1], anatomy)
     taken = torch.einsum("bhp,bphd->bhdp", pattern[rows, :, last], values)
-    moved = (_replace(taken, replacement) - taken).sum(-1).flatten(1) @ anatomy.value_vectors[layer].to(last.device)
+    moved = (_replace(taken, replacement) - taken).sum(-1).flatten(1) @ anatomy.sublayer(layer, "attention").vectors.to(
+        last.device
+    )
     change = torch.zeros_like(output[0])
     change[rows, last] = moved
     attention.output = (output[0] + change, *output[1:])
@@ -296,8 +298,7 @@ def read_activations(
         return raw if anatomy.residual_scale == 1 else raw * anatomy.residual_scale
 
     def gain(raw: Tensor, layer: int, sublayer: Literal["attention", "ffn"]) -> Tensor:
-        norms = anatomy.attention_post_norms if sublayer == "attention" else anatomy.ffn_post_norms
-        norm = norms[layer]
+        norm = anatomy.sublayer(layer, sublayer).post_norm
         return raw.new_ones(raw.shape[:-1]) if norm is None else 1 / frozen_scale(raw.float(), norm).to(raw.dtype)
 
     def visit_block(block: Any, layer: int) -> dict[str, Tensor]:

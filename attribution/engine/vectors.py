@@ -62,14 +62,13 @@ class VectorTable:
     def of(cls, unit: Unit, anatomy: Anatomy) -> VectorTable:
         """Return the table of a model's neurons: of one sublayer per block, or of both for ``"neuron"``."""
         sublayers = slots_of(unit, anatomy)
-        vectors = {"attention": anatomy.value_vectors, "ffn": anatomy.subvalues}
-        folds = {"attention": anatomy.attention_fold, "ffn": anatomy.ffn_fold}
-        chosen = ByLayer(lambda slot: vectors[sublayers[slot].kind][sublayers[slot].layer], len(sublayers))
+        own = [anatomy.sublayer(each.layer, each.kind) for each in sublayers]
+        chosen = ByLayer(lambda slot: own[slot].vectors, len(sublayers))
         return cls(
             unit,
             sublayers,
             chosen if anatomy.spread else tuple(chosen),
-            tuple(folds[each.kind][each.layer] for each in sublayers),
+            tuple(each.post_weight for each in own),
             anatomy.readout,
             anatomy.head_dim,
         )

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from attribution.engine.masks import ablation_masks
 from attribution.errors import BadInputError
-from attribution.models.anatomy import Anatomy, read_anatomy
+from attribution.models.anatomy import read_anatomy
 from attribution.models.model import Model
 from attribution.models.opening import wrap
-from attribution.records import Component
+from attribution.records import Component, SublayerKind
 
 __all__ = ["edited_copy", "zeroed_parameters"]
 
@@ -80,18 +80,15 @@ def zeroed_parameters(model: Model, neurons: Collection[Component]) -> Iterator[
     """
     anatomy = model.anatomy
     masks = ablation_masks([neurons], anatomy)
-    chosen = [
-        (sublayer, layer, mask[layer, 0].flatten())
-        for sublayer, mask in (("attention", masks.attention), ("ffn", masks.ffn))
+    by_kind: dict[SublayerKind, Tensor] = {"attention": masks.attention, "ffn": masks.ffn}
+    chosen: list[tuple[SublayerKind, int, Tensor]] = [
+        (kind, layer, mask[layer, 0].flatten())
+        for kind, mask in by_kind.items()
         for layer in range(anatomy.layers)
         if mask[layer].any()
     ]
 
-    def vectors(of: Anatomy, sublayer: str, layer: int) -> Tensor:
-        """The value vectors of a sublayer: a view of its weight."""
-        return (of.value_vectors if sublayer == "attention" else of.subvalues)[layer]
-
-    with edited_copy(model, [vectors(anatomy, sublayer, layer) for sublayer, layer, _ in chosen]) as other:
-        for sublayer, layer, mask in chosen:
-            vectors(other.anatomy, sublayer, layer)[mask.to(model.device)] = 0
+    with edited_copy(model, [anatomy.sublayer(layer, kind).vectors for kind, layer, _ in chosen]) as other:
+        for kind, layer, mask in chosen:
+            other.anatomy.sublayer(layer, kind).vectors[mask.to(model.device)] = 0
         yield other

@@ -133,11 +133,11 @@ def planted(model: Model, plants: Sequence[Plant]) -> Iterator[Model]:
 
 def _ffn_weights(anatomy: Anatomy, layer: int) -> list[Tensor | None]:
     subkeys = anatomy.subkeys[layer]
-    return [subkeys.up, subkeys.up_bias, subkeys.gate, subkeys.gate_bias, anatomy.subvalues[layer]]
+    return [subkeys.up, subkeys.up_bias, subkeys.gate, subkeys.gate_bias, anatomy.sublayer(layer, "ffn").vectors]
 
 
 def _attention_weights(anatomy: Anatomy, layer: int) -> list[Tensor | None]:
-    return [anatomy.value_weights[layer], anatomy.value_biases[layer], anatomy.value_vectors[layer]]
+    return [anatomy.value_weights[layer], anatomy.value_biases[layer], anatomy.sublayer(layer, "attention").vectors]
 
 
 def _plant_ffn(anatomy: Anatomy, neuron: FFNNeuron, plant: Plant) -> None:
@@ -147,7 +147,7 @@ def _plant_ffn(anatomy: Anatomy, neuron: FFNNeuron, plant: Plant) -> None:
             rows[neuron.index] = plant.subkey.to(rows)
         if bias is not None:
             bias[neuron.index] = 0
-    vectors = anatomy.subvalues[neuron.layer]
+    vectors = anatomy.sublayer(neuron.layer, "ffn").vectors
     vectors[neuron.index] = plant.vector.to(vectors)
 
 
@@ -157,7 +157,7 @@ def _plant_attention(anatomy: Anatomy, neuron: AttentionNeuron, plant: Plant) ->
     own = bias[neuron.layer]
     if own is not None:
         own[row] = 0
-    vectors = anatomy.value_vectors[neuron.layer]
+    vectors = anatomy.sublayer(neuron.layer, "attention").vectors
     vectors[anatomy.value_rows == row] = 0
     vectors[neuron.head * anatomy.head_dim + neuron.dim] = plant.vector.to(vectors)
 

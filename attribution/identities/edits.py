@@ -17,13 +17,13 @@ from attribution.models.anatomy import Anatomy
 from attribution.models.model import Model
 from attribution.models.norms import frozen_scale
 from attribution.prompts.tokens import TokenBatch, pad
-from attribution.records import AttentionNeuron, FFNNeuron, Sublayer
+from attribution.records import AttentionNeuron, FFNNeuron, SublayerKind
 
 __all__ = ["EDITS", "EditName", "Trial", "differing", "edit_errors", "logits_of", "ratio", "zeroing_errors"]
 
 EditName: TypeAlias = Literal["coefficient", "mixed_value", "source"]
 
-EDITS: dict[EditName, Sublayer] = {"coefficient": "ffn", "mixed_value": "attention", "source": "attention"}
+EDITS: dict[EditName, SublayerKind] = {"coefficient": "ffn", "mixed_value": "attention", "source": "attention"}
 """The sublayer that each kind of edit acts in."""
 
 # What an edit leaves alone in its own layer; in the layers before it, that is everything.
@@ -106,7 +106,7 @@ class Trial:
         pairs = zip(self.last_logits(edited), self.last_logits(self.plain), live, strict=False)
         return sum(differing(one, other) == 0 for one, other, alive in pairs if alive or not any(live))
 
-    def inputs(self, sublayer: Sublayer, layer: int, row: int) -> tuple[Tensor, Tensor]:
+    def inputs(self, sublayer: SublayerKind, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Return what a projection reads, and the sum of |terms| it is made of, float64, (position, neurons)."""
         if sublayer == "ffn":
             coefficients = self.plain.coefficients[layer, row].double()
@@ -115,16 +115,15 @@ class Trial:
         values = self.plain.values[layer, row, None].double()
         return mix(pattern, values)[0], mix(pattern, values.abs())[0]
 
-    def written(self, sublayer: Sublayer, layer: int, inputs: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def written(self, sublayer: SublayerKind, layer: int, inputs: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a sublayer writes given its projection's inputs, and how far rounding can move it.
 
         With V the value vectors, b the bias and f the fold, ``f * (inputs V + b) / s``. s is the scale of the norm that
         follows, at what it then reads, as an edit changes the scale too; it is 1 where no norm follows.
         """
-        anatomy, ffn, dtype = self.model.anatomy, sublayer == "ffn", self.plain.resid_pre.dtype
-        vectors = (anatomy.subvalues if ffn else anatomy.value_vectors)[layer].double()
-        bias = (anatomy.ffn_bias if ffn else anatomy.attention_bias)[layer]
-        norm = (anatomy.ffn_post_norms if ffn else anatomy.attention_post_norms)[layer]
+        anatomy, dtype = self.model.anatomy, self.plain.resid_pre.dtype
+        own = anatomy.sublayer(layer, sublayer)
+        vectors, bias, norm = own.vectors.double(), own.bias, own.post_norm
         raw, size = inputs @ vectors, sizes @ vectors.abs()
         if bias is not None:
             raw, size = raw + bias.double(), size + bias.double().abs()
@@ -139,22 +138,22 @@ class Trial:
         return fold * raw, rounding(dtype, terms, normed=norm is not None) * fold.abs() * size
 
 
-def _fold(anatomy: Anatomy, sublayer: Sublayer, layer: int) -> Tensor:
-    fold: Tensor | None = (anatomy.ffn_fold if sublayer == "ffn" else anatomy.attention_fold)[layer]
-    return torch.ones((), dtype=torch.float64) if fold is None else fold.double()
+def _fold(anatomy: Anatomy, sublayer: SublayerKind, layer: int) -> Tensor:
+    weight = anatomy.sublayer(layer, sublayer).post_weight
+    return torch.ones((), dtype=torch.float64) if weight is None else weight.double()
 
 
-def _lengths(anatomy: Anatomy, sublayer: Sublayer, layer: int) -> Tensor:
+def _lengths(anatomy: Anatomy, sublayer: SublayerKind, layer: int) -> Tensor:
     """Return the L2 norm of what each neuron writes per unit of coefficient and gain, (neurons,)."""
-    vectors = (anatomy.subvalues if sublayer == "ffn" else anatomy.value_vectors)[layer]
+    vectors = anatomy.sublayer(layer, sublayer).vectors
     lengths: Tensor = torch.linalg.vector_norm(vectors.double() * _fold(anatomy, sublayer, layer), dim=-1)
     return lengths
 
 
-def _cases(model: Model) -> list[tuple[int, Sublayer]]:
+def _cases(model: Model) -> list[tuple[int, SublayerKind]]:
     """Return the sublayers whose neurons are zeroed; the last layer's come last, its FFN before its attention."""
     layers = model.anatomy.layers
-    sublayers: tuple[Sublayer, Sublayer] = ("ffn", "attention")
+    sublayers: tuple[SublayerKind, SublayerKind] = ("ffn", "attention")
     return [(layer, each) for layer in sorted({0, layers // 2, layers - 1}) for each in sublayers]
 
 

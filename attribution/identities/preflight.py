@@ -389,7 +389,7 @@ def _ffn_subkey_error(clean: Activations, anatomy: Anatomy, batch: TokenBatch) -
     read = clean.resid_pre if anatomy.parallel else clean.resid_mid
     errors = []
     for layer, subkeys in enumerate(anatomy.subkeys):
-        stream, norm = read[layer][real].double(), anatomy.ffn_norms[layer]
+        stream, norm = read[layer][real].double(), anatomy.sublayer(layer, "ffn").input_norm
         up, up_error = _project(stream, norm, subkeys.up, subkeys.up_bias, dtype)
         entered, error = up, up_error
         if subkeys.gate is not None:
@@ -409,7 +409,8 @@ def _ffn_subkey_error(clean: Activations, anatomy: Anatomy, batch: TokenBatch) -
 def _value_subkey_error(clean: Activations, anatomy: Anatomy, batch: TokenBatch) -> float:
     real, clip = batch.mask.bool(), anatomy.value_clip
     errors = []
-    for layer, norm in enumerate(anatomy.attention_norms):
+    for layer in range(anatomy.layers):
+        norm = anatomy.sublayer(layer, "attention").input_norm
         rows, bias = anatomy.value_subkeys(layer)
         values, error = _project(clean.resid_pre[layer][real].double(), norm, rows, bias, clean.values.dtype)
         if clip is not None:

@@ -17,12 +17,14 @@ from torch.distributed.tensor import DTensor
 from attribution.errors import ModelError, UnsupportedModelError
 from attribution.models.families import Family, family_of
 from attribution.models.norms import Norm
+from attribution.records import SublayerKind
 
 __all__ = [
     "Anatomy",
     "ByLayer",
     "Readout",
     "Subkeys",
+    "Sublayer",
     "first_tensor",
     "read_anatomy",
     "resolve",
@@ -100,15 +102,46 @@ class Subkeys:
 
 
 @dataclass(frozen=True)
+class Sublayer:
+    """The attention or the FFN of one block: what its neurons write, and the norms around it.
+
+    A neuron writes ``coefficient * post_scale * (post_weight * vector)`` into the residual stream, where the post scale
+    is 1 / s of the norm that follows the sublayer, 1 where none does.
+
+    Attributes:
+        layer: Number of the block.
+        kind: ``"attention"`` or ``"ffn"``.
+        bias: Of the output projection, (width,) or ``None``; it belongs to no neuron.
+        input_norm: Norm before the sublayer, or ``None``.
+        post_norm: Norm between the sublayer and the residual stream, or ``None``.
+        post_weight: The post-norm's weight times the family's constant, (width,); ``None`` for ones.
+        read_vectors: Returns :attr:`vectors`.
+    """
+
+    layer: int
+    kind: SublayerKind
+    bias: Tensor | None
+    input_norm: Norm | None
+    post_norm: Norm | None
+    post_weight: Tensor | None
+    read_vectors: Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The value vectors: a view of the weight, (rows, width).
+
+        Row ``index`` of an FFN belongs to its neuron ``index``, row ``head * head_dim + dim`` of an attention to
+        (head, dim). Of a model that is spread over devices or processes, a whole copy, made each time it is asked for.
+        """
+        return self.read_vectors()
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Sizes, weights and module paths of one loaded model.
 
     Tensors are the model's own weights, not copies, unless it is spread over devices or processes: then they are whole
-    copies on the device of the unembedding, and those of the projections are made anew each time they are asked for.
-
-    A neuron writes ``coefficient * gain * (fold * vector)`` into the residual stream, where the gain is 1 / s of
-    the norm that follows the sublayer (1 where none does) and the fold is that norm's weight times the family's
-    constant.
+    copies on the device of the unembedding, and those of the projections are made each time they are asked for.
 
     Attributes:
         family: The family record.
@@ -121,18 +154,9 @@ class Anatomy:
         vocabulary: Number of tokens.
         context: Longest prompt in tokens; ``None`` if the family sets no limit.
         parallel: Whether the FFN reads the block's input instead of what attention has written to.
-        subvalues: FFN value vectors per layer, each (ffn_neurons, width).
-        value_vectors: Attention output vectors per layer, each (heads * head_dim, width); row
-            ``head * head_dim + dim`` belongs to (head, dim).
-        attention_bias: Output-projection bias per layer, (width,) or ``None``; it belongs to no neuron.
-        ffn_bias: Down-projection bias per layer, (width,) or ``None``; it belongs to no neuron.
-        attention_fold: Per layer, (width,) or ``None`` for ones.
-        ffn_fold: The same for the FFN.
-        residual_scale: The family's constant, contained in the folds.
-        attention_norms: Norm before the attention per layer, or ``None``.
-        ffn_norms: Norm before the FFN per layer, or ``None``.
-        attention_post_norms: Norm after the attention per layer, or ``None``.
-        ffn_post_norms: Norm after the FFN per layer, or ``None``.
+        attention: The attention of each block, see :meth:`sublayer`.
+        ffn: The FFN of each block.
+        residual_scale: The family's constant, contained in the sublayers' post weights.
         value_rows: Row of the value projection that computes each (head, dim), (heads * head_dim,); heads that
             share a key/value head share rows.
         value_weights: Weight of the value projection per layer, (features, width).
@@ -153,17 +177,9 @@ class Anatomy:
     vocabulary: int
     context: int | None
     parallel: bool
-    subvalues: Sequence[Tensor]
-    value_vectors: Sequence[Tensor]
-    attention_bias: tuple[Tensor | None, ...]
-    ffn_bias: tuple[Tensor | None, ...]
-    attention_fold: tuple[Tensor | None, ...]
-    ffn_fold: tuple[Tensor | None, ...]
+    attention: tuple[Sublayer, ...] = field(repr=False)
+    ffn: tuple[Sublayer, ...] = field(repr=False)
     residual_scale: float
-    attention_norms: tuple[Norm | None, ...]
-    ffn_norms: tuple[Norm | None, ...]
-    attention_post_norms: tuple[Norm | None, ...]
-    ffn_post_norms: tuple[Norm | None, ...]
     value_rows: Tensor
     value_weights: Sequence[Tensor]
     value_biases: tuple[Tensor | None, ...]
@@ -190,6 +206,10 @@ class Anatomy:
             f"({self.kv_heads} key/value) of {self.head_dim}, {self.ffn_neurons} FFN neurons per layer, "
             f"vocabulary {self.vocabulary}, context {self.context})"
         )
+
+    def sublayer(self, layer: int, kind: SublayerKind) -> Sublayer:
+        """Return the attention or the FFN of a block."""
+        return (self.attention if kind == "attention" else self.ffn)[layer]
 
     def blocks(self, root: Any) -> list[Any]:
         """Return the blocks of ``root``, which may be the plain module or its traced envoy."""
@@ -315,11 +335,31 @@ def _setting(config: Any, name: str | None, default: Any) -> Any:
     return default if name is None else getattr(config, name)
 
 
-def _fold(post_norm: Norm | None, scale: float, width: int, like: Tensor) -> Tensor | None:
-    weight = None if post_norm is None else post_norm.weight
-    if weight is None:
-        return None if scale == 1 else like.new_full((width,), scale)
-    return weight * scale
+def _sublayer(
+    block: nn.Module, layer: int, kind: SublayerKind, family: Family, scale: float, home: torch.device
+) -> Sublayer:
+    """Read one sublayer; ``scale`` is the family's constant."""
+    if kind == "attention":
+        norm_paths, post_path, out_path = family.attention_norm, family.attention_post_norm, family.attention_out
+    else:
+        norm_paths, post_path, out_path = family.ffn_norm, family.ffn_post_norm, family.ffn_out
+    projection = resolve(block, out_path)
+    post_norm = _norm_at(block, () if post_path is None else (post_path,), family, home)
+    post_weight = None if post_norm is None else post_norm.weight
+    if post_weight is not None:
+        post_weight = post_weight * scale
+    elif scale != 1:
+        width = _output_by_input(projection)[0]
+        post_weight = torch.full((width,), scale, dtype=projection.weight.dtype, device=home)
+    return Sublayer(
+        layer=layer,
+        kind=kind,
+        bias=_bias(projection, home),
+        input_norm=_norm_at(block, norm_paths, family, home),
+        post_norm=post_norm,
+        post_weight=post_weight,
+        read_vectors=lambda: _rows_by_output(projection, home).T,
+    )
 
 
 def _check_finite(module: nn.Module, name: str) -> None:
@@ -380,10 +420,6 @@ def read_anatomy(module: nn.Module, name: str, *, check: bool = True) -> Anatomy
             "unembedding, which is not supported; use a model without that projection."
         )
     scale = float(_setting(config, family.residual_scale, 1.0))
-    attention_post_norms, ffn_post_norms = (
-        tuple(_norm_at(block, () if path is None else (path,), family, home) for block in blocks)
-        for path in (family.attention_post_norm, family.ffn_post_norm)
-    )
     final_norm = _read_norm(resolve(module, family.final_norm), family, home)
     assert final_norm is not None
     whole_unembedding = _whole(unembedding.weight, home)
@@ -404,17 +440,11 @@ def read_anatomy(module: nn.Module, name: str, *, check: bool = True) -> Anatomy
             None,
         ),
         parallel=flags if isinstance(flags, bool) else any(getattr(config, flag) for flag in flags),
-        subvalues=by_layer(lambda layer: _rows_by_output(ffn_outs[layer], home).T),
-        value_vectors=by_layer(lambda layer: _rows_by_output(attention_outs[layer], home).T),
-        attention_bias=tuple(_bias(out, home) for out in attention_outs),
-        ffn_bias=tuple(_bias(out, home) for out in ffn_outs),
-        attention_fold=tuple(_fold(norm, scale, width, whole_unembedding) for norm in attention_post_norms),
-        ffn_fold=tuple(_fold(norm, scale, width, whole_unembedding) for norm in ffn_post_norms),
+        attention=tuple(
+            _sublayer(block, layer, "attention", family, scale, home) for layer, block in enumerate(blocks)
+        ),
+        ffn=tuple(_sublayer(block, layer, "ffn", family, scale, home) for layer, block in enumerate(blocks)),
         residual_scale=scale,
-        attention_norms=tuple(_norm_at(block, family.attention_norm, family, home) for block in blocks),
-        ffn_norms=tuple(_norm_at(block, family.ffn_norm, family, home) for block in blocks),
-        attention_post_norms=attention_post_norms,
-        ffn_post_norms=ffn_post_norms,
         value_rows=value_rows.to(home),
         value_weights=by_layer(lambda layer: _rows_by_output(value_projections[layer], home)),
         value_biases=tuple(_bias(projection, home) for projection in value_projections),

@@ -187,9 +187,13 @@ def test_raised_tokens_are_those_of_the_vector_with_the_sign_of_the_coefficient(
         for raised in (*prompt.top, *prompt.others):
             neuron = raised.neuron
             if kind == "ffn":
-                vector = anatomy.subvalues[neuron.layer][neuron.index].double()
+                vector = anatomy.sublayer(neuron.layer, "ffn").vectors[neuron.index].double()
             else:
-                vector = anatomy.value_vectors[neuron.layer][neuron.head * anatomy.head_dim + neuron.dim].double()
+                vector = (
+                    anatomy.sublayer(neuron.layer, "attention")
+                    .vectors[neuron.head * anatomy.head_dim + neuron.dim]
+                    .double()
+                )
             centred = vector - vector.mean() if anatomy.readout.norm.centred else vector
             logits = anatomy.readout.unembedding.double() @ (centred * anatomy.readout.norm.weight.double())
             falling = (logits if raised.positive else -logits).topk(len(raised.tokens))

@@ -625,8 +625,8 @@ def test_zeroed_parameters_leave_the_original_alone_and_share_all_that_they_do_n
         assert {names[name] for name in copied} == {(1, "ffn"), (2, "attention")}
         assert torch.equal(at.ablate(model, PROMPT, []), before)
         _assert_differ(model, at.ablate(edited, PROMPT, []), before)
-        assert float(edited.anatomy.subvalues[1][0].abs().max()) == 0
-        assert float(model.anatomy.subvalues[1][0].abs().max()) > 0
+        assert float(edited.anatomy.sublayer(1, "ffn").vectors[0].abs().max()) == 0
+        assert float(model.anatomy.sublayer(1, "ffn").vectors[0].abs().max()) > 0
     for name, parameter in plain.named_parameters():
         assert torch.equal(_weights(model)[name], parameter), name
     assert torch.equal(at.ablate(model, PROMPT, []), plain_logits(PROMPT))

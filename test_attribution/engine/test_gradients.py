@@ -283,10 +283,10 @@ def _relevance_rules(network: Any, anatomy: Anatomy, monkeypatch: pytest.MonkeyP
     for layer, block in enumerate(anatomy.blocks(network)):
         norms = {}
         for paths, norm in (
-            (family.attention_norm, anatomy.attention_norms[layer]),
-            (family.ffn_norm, anatomy.ffn_norms[layer]),
-            ((family.attention_post_norm,), anatomy.attention_post_norms[layer]),
-            ((family.ffn_post_norm,), anatomy.ffn_post_norms[layer]),
+            (family.attention_norm, anatomy.sublayer(layer, "attention").input_norm),
+            (family.ffn_norm, anatomy.sublayer(layer, "ffn").input_norm),
+            ((family.attention_post_norm,), anatomy.sublayer(layer, "attention").post_norm),
+            ((family.ffn_post_norm,), anatomy.sublayer(layer, "ffn").post_norm),
         ):
             if norm is not None:
                 module = next(getattr(block, path) for path in paths if getattr(block, path or "", None) is not None)
@@ -406,7 +406,7 @@ def test_behind_a_norm_integrated_gradients_are_a_multiple_of_the_gradient(archi
     gradient = _pair(read_effects(model, batch, answers, "gradient"))
     # But for the norm's epsilon, measured against the mean square of its input: a quarter of what it is at the end.
     seen = read_activations(model, batch, positions="all")
-    eps = max(norm.eps for norm in anatomy.ffn_post_norms + anatomy.attention_post_norms if norm is not None)
+    eps = max(norm.eps for norm in (own.post_norm for own in anatomy.ffn + anatomy.attention) if norm is not None)
     off = 4 * eps * float(max(seen.ffn_gain.max(), seen.attention_gain.max())) ** 2
     for found, expected in zip(half_way, gradient, strict=True):
         # Ten times that, for what later layers make of it.

@@ -445,8 +445,12 @@ def test_query_neurons_and_the_bias_add_up_to_their_layer(traced: Traced) -> Non
     weights = scores / readings.terms.sum(0)
     found, layers = _by_neuron(result), _total(result.layers, "attention")
     for layer in range(max(neuron.layer for neuron in neurons)):
-        fold = torch.ones(anatomy.width) if anatomy.ffn_fold[layer] is None else anatomy.ffn_fold[layer]
-        bias = anatomy.ffn_bias[layer]
+        fold = (
+            torch.ones(anatomy.width)
+            if anatomy.sublayer(layer, "ffn").post_weight is None
+            else anatomy.sublayer(layer, "ffn").post_weight
+        )
+        bias = anatomy.sublayer(layer, "ffn").bias
         expected = slack = 0.0
         for number, neuron in enumerate(neurons):
             if neuron.layer <= layer:
@@ -456,7 +460,9 @@ def test_query_neurons_and_the_bias_add_up_to_their_layer(traced: Traced) -> Non
             expected += 0.0 if bias is None else float(weight * (bias.double() @ key))
             m = activations.coefficients[layer, 0, neuron.position].double()
             # The layer's output is a float32 dot product over its neurons; the rest is float64.
-            size = m.abs() @ anatomy.subvalues[layer].double().abs() + (0 if bias is None else bias.double().abs())
+            size = m.abs() @ anatomy.sublayer(layer, "ffn").vectors.double().abs() + (
+                0 if bias is None else bias.double().abs()
+            )
             slack += (anatomy.ffn_neurons + 10) * EPS * float(weight.abs() * (size @ key.abs()))
         expected += sum(score for neuron, score in found.items() if neuron.layer == layer)
         assert slack < 0.1 * abs(layers["ffn", layer]) + 0.1
@@ -530,9 +536,18 @@ def faint(make_folder: Callable[[str], Path], loaded: Callable[[str], at.Model],
         sound = _traced(loaded("gpt2"))
         anatomy, neuron = sound.anatomy, FAINT[kind]
         if isinstance(neuron, at.FFNNeuron):
-            stream, norm, part, column = sound.components[:4, -1].sum(0), anatomy.ffn_norms[1], "mlp.c_fc", neuron.index
+            stream, norm, part, column = (
+                sound.components[:4, -1].sum(0),
+                anatomy.sublayer(1, "ffn").input_norm,
+                "mlp.c_fc",
+                neuron.index,
+            )
         else:
-            stream, norm, part = sound.components[:3, neuron.position].sum(0), anatomy.attention_norms[1], "attn.c_attn"
+            stream, norm, part = (
+                sound.components[:3, neuron.position].sum(0),
+                anatomy.sublayer(1, "attention").input_norm,
+                "attn.c_attn",
+            )
             column = 2 * anatomy.width + neuron.head * anatomy.head_dim + neuron.dim
         folder = tmp_path / f"{kind}-{remains}"
         shutil.copytree(make_folder("gpt2"), folder)

@@ -46,7 +46,10 @@ def _states(unit: str, record: Any, activations: Activations, model: at.Model) -
     fold = getattr(anatomy, f"{kind}_fold")[layer]
     fold = torch.ones(anatomy.width) if fold is None else fold
     if isinstance(record, at.FFNNeuron):
-        written = activations.coefficients[layer, 0, record.index].double() * anatomy.subvalues[layer][record.index]
+        written = (
+            activations.coefficients[layer, 0, record.index].double()
+            * anatomy.sublayer(layer, "ffn").vectors[record.index]
+        )
         return before, before + gain * fold * written
     written = torch.zeros(anatomy.width, dtype=torch.float64)
     positions = range(activations.pattern.shape[-1]) if isinstance(record, at.Head) else [record.position]
@@ -55,7 +58,11 @@ def _states(unit: str, record: Any, activations: Activations, model: at.Model) -
         weight = activations.pattern[layer, 0, record.head, position].double()
         for dim in dims:
             value = activations.values[layer, 0, position, record.head, dim].double()
-            written += weight * value * anatomy.value_vectors[layer][record.head * anatomy.head_dim + dim].double()
+            written += (
+                weight
+                * value
+                * anatomy.sublayer(layer, "attention").vectors[record.head * anatomy.head_dim + dim].double()
+            )
     return before, before + gain * fold * written
 
 

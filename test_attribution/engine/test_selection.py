@@ -23,7 +23,7 @@ from attribution.engine.vectors import VectorTable
 from attribution.errors import BadInputError
 from attribution.models.anatomy import Readout
 from attribution.models.norms import Norm
-from attribution.records import NEURON_UNITS, Sublayer, Unit
+from attribution.records import NEURON_UNITS, SublayerKind, Unit
 
 PROJECTED = ("log_prob_increase", "log_prob", "prob_increase")
 BOUNDED = (*PROJECTED, "reciprocal_rank", "coefficient_by_rank")
@@ -51,7 +51,7 @@ def sets_of_candidates(draw: st.DrawFn, unit: Unit = "ffn") -> Candidates:
             return torch.randint(-2, 3, shape, generator=generator).to(dtype)
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    kinds: tuple[Sublayer, ...] = ("attention", "ffn") if unit == "neuron" else (unit,)  # type: ignore[assignment]
+    kinds: tuple[SublayerKind, ...] = ("attention", "ffn") if unit == "neuron" else (unit,)  # type: ignore[assignment]
     sublayers = tuple(at.Layer(layer, kind) for layer in range(layers) for kind in kinds)
     vectors = [numbers(rows, width) for _ in sublayers]
     if draw(st.booleans()):

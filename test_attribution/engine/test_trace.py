@@ -98,8 +98,8 @@ def test_each_layer_adds_its_two_outputs_to_the_stream(everywhere: Activations) 
 
 def test_ffn_neurons_and_the_bias_add_up_to_the_ffn_output(model: at.Model, everywhere: Activations) -> None:
     for layer in range(model.anatomy.layers):
-        neurons = everywhere.coefficients[layer, 0, :, :, None] * model.anatomy.subvalues[layer]
-        expected = _biased(neurons.sum(1), model.anatomy.ffn_bias[layer])
+        neurons = everywhere.coefficients[layer, 0, :, :, None] * model.anatomy.sublayer(layer, "ffn").vectors
+        expected = _biased(neurons.sum(1), model.anatomy.sublayer(layer, "ffn").bias)
         torch.testing.assert_close(expected, everywhere.ffn_output[layer, 0], **CLOSE)
 
 
@@ -107,15 +107,15 @@ def test_attention_neurons_and_the_bias_add_up_to_the_attention_output(
     model: at.Model, everywhere: Activations
 ) -> None:
     for layer in range(model.anatomy.layers):
-        vectors = model.anatomy.value_vectors[layer].unflatten(0, (4, 8))
+        vectors = model.anatomy.sublayer(layer, "attention").vectors.unflatten(0, (4, 8))
         coefficients = torch.einsum("hqp,phd->qhdp", everywhere.pattern[layer, 0], everywhere.values[layer, 0])
         written = torch.einsum("qhdp,hdw->qw", coefficients, vectors)
-        expected = _biased(written, model.anatomy.attention_bias[layer])
+        expected = _biased(written, model.anatomy.sublayer(layer, "attention").bias)
         torch.testing.assert_close(expected, everywhere.attention_output[layer, 0], **CLOSE)
 
 
 def test_only_gpt2_has_biases_that_belong_to_no_neuron(model: at.Model, family: str) -> None:
-    for biases in (model.anatomy.ffn_bias, model.anatomy.attention_bias):
+    for biases in ([own.bias for own in each] for each in (model.anatomy.ffn, model.anatomy.attention)):
         assert [bias is not None and bias.abs().max() > 0.1 for bias in biases] == [family == "gpt2"] * 3
 
 

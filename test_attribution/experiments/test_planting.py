@@ -71,7 +71,7 @@ def _inputs(model: at.Model, neuron: Neuron) -> Tensor:
     anatomy, seen = model.anatomy, _read(model)
     ffn = isinstance(neuron, at.FFNNeuron)
     stream = seen.resid_mid if ffn and not anatomy.parallel else seen.resid_pre
-    norm = (anatomy.ffn_norms if ffn else anatomy.attention_norms)[neuron.layer]
+    norm = anatomy.sublayer(neuron.layer, "ffn" if ffn else "attention").input_norm
     return normalise(_last(model, stream[neuron.layer]).double(), norm)
 
 
@@ -100,7 +100,7 @@ def test_a_planted_ffn_neuron_fires_as_asked_in_every_architecture(architecture_
     with planted(model, [plant]) as copy:
         found = _last(copy, _read(copy).coefficients[LAYER])[:, FFN.index].double()
         natural = _last(model, _read(model).coefficients[LAYER])[:, FFN.index].double()
-        assert torch.equal(copy.anatomy.subvalues[LAYER][FFN.index], plant.vector.float())
+        assert torch.equal(copy.anatomy.sublayer(LAYER, "ffn").vectors[FFN.index], plant.vector.float())
     # No activation in use is steeper than 2; a product of two pre-activations errs by both.
     size = (_inputs(model, FFN).abs() @ plant.subkey.abs()).max()
     tolerance = 4 * rounding(torch.float32, 2 * model.anatomy.width, normed=True) * float(size)
@@ -115,7 +115,9 @@ def test_a_planted_attention_neuron_takes_the_value_that_was_asked_in_every_arch
     anatomy = model.anatomy
     with planted(model, [plant]) as copy:
         values = _last(copy, _read(copy).values[LAYER])[:, ATTENTION.head, ATTENTION.dim].double()
-        vectors = copy.anatomy.value_vectors[LAYER].view(anatomy.heads, anatomy.head_dim, -1)[:, ATTENTION.dim]
+        vectors = copy.anatomy.sublayer(LAYER, "attention").vectors.view(anatomy.heads, anatomy.head_dim, -1)[
+            :, ATTENTION.dim
+        ]
         assert torch.equal(vectors[ATTENTION.head], plant.vector.float())
         group = anatomy.heads // anatomy.kv_heads
         for head in range(anatomy.heads):

@@ -692,8 +692,8 @@ QUERIES = (
     _fault(
         "value neurons read what their own layer writes",
         "engine.subkeys:read_subkeys",
-        "anatomy.attention_norms[layer], 2 * layer + 1",
-        "anatomy.attention_norms[layer], 2 * layer + 2",
+        'anatomy.sublayer(layer, "attention").input_norm, 2 * layer + 1',
+        'anatomy.sublayer(layer, "attention").input_norm, 2 * layer + 2',
         QUERY,
     ),
     _fault(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -74,17 +75,17 @@ def test_a_missing_or_misplaced_part_breaks_its_identities(
 
 
 @pytest.mark.parametrize(
-    ("bias", "broken"),
-    [("attention_bias", {"heads", "attention_neurons", "all_neurons"}), ("ffn_bias", {"ffn_neurons", "all_neurons"})],
+    ("kind", "broken"),
+    [("attention", {"heads", "attention_neurons", "all_neurons"}), ("ffn", {"ffn_neurons", "all_neurons"})],
 )
 def test_a_forgotten_bias_breaks_its_identities(
-    traced: tuple[Model, Activations, TokenBatch], bias: str, broken: set[str]
+    traced: tuple[Model, Activations, TokenBatch], kind: str, broken: set[str]
 ) -> None:
     model, activations, batch = traced
-    if getattr(model.anatomy, bias)[0] is None:
+    if getattr(model.anatomy, kind)[0].bias is None:
         assert model.anatomy.family.model_type == "llama", "only Llama has no biases to forget"
         return
-    without = replace(model.anatomy, **{bias: (None,) * model.anatomy.layers})
+    without = _with(model.anatomy, kind, bias=None)
     assert _broken(activations, without, batch) == broken
 
 
@@ -105,6 +106,11 @@ def test_padding_is_not_judged(traced: tuple[Model, Activations, TokenBatch]) ->
     assert all(error <= 1 for error in errors.values()), errors
 
 
+def _with(anatomy: Anatomy, kind: str, **changes: Any) -> Anatomy:
+    """Return an anatomy whose sublayers of a kind are changed in every block."""
+    return replace(anatomy, **{kind: tuple(replace(own, **changes) for own in getattr(anatomy, kind))})
+
+
 ATTENTION, FFN = {"heads", "attention_neurons", "all_neurons"}, {"ffn_neurons", "all_neurons"}
 
 
@@ -112,8 +118,8 @@ ATTENTION, FFN = {"heads", "attention_neurons", "all_neurons"}, {"ffn_neurons", 
 def test_what_follows_a_sublayer_is_part_of_every_neuron(loaded: Callable[[str], Model], architecture: str) -> None:
     model, activations, batch = _trace(loaded(architecture))
     assert _broken(activations, model.anatomy, batch) == set()
-    for fold, broken in (("attention_fold", ATTENTION), ("ffn_fold", FFN)):
-        without = replace(model.anatomy, **{fold: (None,) * model.anatomy.layers})
+    for kind, broken in (("attention", ATTENTION), ("ffn", FFN)):
+        without = _with(model.anatomy, kind, post_weight=None)
         assert _broken(activations, without, batch) == broken
     for gain, broken in (("attention_gain", ATTENTION), ("ffn_gain", FFN)):
         one = torch.ones_like(getattr(activations, gain))
@@ -135,12 +141,16 @@ def test_biases_go_through_what_follows_too(loaded: Callable[[str], Model]) -> N
         attention_output=activations.attention_output * factor,
         ffn_output=activations.ffn_output * factor,
     )
-    folded = replace(model.anatomy, attention_fold=fold, ffn_fold=fold)
+    folded = model.anatomy
+    for kind in ("attention", "ffn"):
+        own = zip(getattr(folded, kind), fold, strict=True)
+        folded = replace(folded, **{kind: tuple(replace(each, post_weight=weight) for each, weight in own)})
     # The stream itself is not rebuilt here.
     assert not _broken(scaled, folded, batch) & {"heads", "attention_neurons", "ffn_neurons"}
-    for biases, broken in (("attention_bias", {"heads", "attention_neurons"}), ("ffn_bias", {"ffn_neurons"})):
-        unfolded = tuple(bias / each for bias, each in zip(getattr(folded, biases), fold, strict=True))
-        found = _broken(scaled, replace(folded, **{biases: unfolded}), batch)
+    for kind, broken in (("attention", {"heads", "attention_neurons"}), ("ffn", {"ffn_neurons"})):
+        own = zip(getattr(folded, kind), fold, strict=True)
+        unfolded = tuple(replace(each, bias=each.bias / weight) for each, weight in own)
+        found = _broken(scaled, replace(folded, **{kind: unfolded}), batch)
         assert found & {"heads", "attention_neurons", "ffn_neurons"} == broken
 
 

@@ -22,7 +22,7 @@ from attribution.errors import BadInputError, PreflightError
 from attribution.identities import edits as trials
 from attribution.identities import preflight as checks
 from attribution.identities.preflight import CHECKS, Check
-from attribution.models.anatomy import Anatomy, read_anatomy
+from attribution.models.anatomy import Anatomy, Sublayer, read_anatomy
 from attribution.models.model import Model
 from attribution.models.norms import Norm
 from attribution.models.opening import wrap
@@ -71,9 +71,14 @@ def _anatomy(**changes: Callable[[Anatomy], Any]) -> Fault:
     return fault
 
 
-def _without(name: str) -> Fault:
-    """Return a model whose anatomy lacks something in every layer."""
-    return _anatomy(**{name: lambda anatomy: (None,) * anatomy.layers})
+def _sublayers(kind: str, wrong: Callable[[Sublayer], Sublayer]) -> Fault:
+    """Return a model that is wrong about the attention, or about the FFN, of every block."""
+    return _anatomy(**{kind: lambda anatomy: tuple(wrong(own) for own in getattr(anatomy, kind))})
+
+
+def _without(kind: str, name: str) -> Fault:
+    """Return a model whose sublayers of a kind lack something."""
+    return _sublayers(kind, lambda own: replace(own, **{name: None}))
 
 
 def _readout(**changes: Callable[[Anatomy], Any]) -> Fault:
@@ -82,13 +87,23 @@ def _readout(**changes: Callable[[Anatomy], Any]) -> Fault:
     )
 
 
-def _rolled(name: str) -> Fault:
-    """Return a model in which each neuron has its neighbour's vector, or each dimension its neighbour's factor."""
-    return _anatomy(**{name: lambda anatomy: tuple(each.roll(1, 0) for each in getattr(anatomy, name))})
+def _of_neighbours(own: Sublayer) -> Sublayer:
+    """Each neuron has its neighbour's vector."""
+    return replace(own, read_vectors=lambda: own.vectors.roll(1, 0))
 
 
-def _norms(name: str, wrong: Callable[[Norm], Norm]) -> Fault:
-    return _anatomy(**{name: lambda anatomy: tuple(wrong(norm) for norm in getattr(anatomy, name))})
+def _weighted_as_neighbours(own: Sublayer) -> Sublayer:
+    """Each dimension has its neighbour's factor."""
+    assert own.post_weight is not None
+    return replace(own, post_weight=own.post_weight.roll(1, 0))
+
+
+def _norms(kind: str, wrong: Callable[[Norm], Norm]) -> Fault:
+    def with_norm(own: Sublayer) -> Sublayer:
+        assert own.input_norm is not None
+        return replace(own, input_norm=wrong(own.input_norm))
+
+    return _sublayers(kind, with_norm)
 
 
 def _subkeys(wrong: Callable[[Any], Any]) -> Fault:
@@ -104,9 +119,13 @@ def _off_centre(norm: Norm) -> Norm:
     return replace(norm, centred=not norm.centred)
 
 
-def _dimensions_before_heads(anatomy: Anatomy) -> tuple[Tensor, ...]:
+def _dimensions_before_heads(anatomy: Anatomy) -> tuple[Sublayer, ...]:
     heads = (anatomy.heads, anatomy.head_dim)
-    return tuple(each.unflatten(0, heads).transpose(0, 1).flatten(0, 1) for each in anatomy.value_vectors)
+
+    def turned(own: Sublayer) -> Sublayer:
+        return replace(own, read_vectors=lambda: own.vectors.unflatten(0, heads).transpose(0, 1).flatten(0, 1))
+
+    return tuple(map(turned, anatomy.attention))
 
 
 def _next_group(anatomy: Anatomy) -> Tensor:
@@ -299,23 +318,27 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
         _patched("checks.read_activations", _changed(_with_attention_of_another_layer)),
         "layers",
     ),
-    "attention bias is forgotten": ("gpt2", _without("attention_bias"), "heads"),
-    "weight of the norm after attention is forgotten": ("olmo2", _without("attention_fold"), "heads"),
-    "scale of the norm after attention is forgotten": ("olmo2", _without("attention_post_norms"), "heads"),
-    "dimensions are counted before heads": ("gpt2", _anatomy(value_vectors=_dimensions_before_heads), "heads"),
+    "attention bias is forgotten": ("gpt2", _without("attention", "bias"), "heads"),
+    "weight of the norm after attention is forgotten": ("olmo2", _without("attention", "post_weight"), "heads"),
+    "scale of the norm after attention is forgotten": ("olmo2", _without("attention", "post_norm"), "heads"),
+    "dimensions are counted before heads": ("gpt2", _anatomy(attention=_dimensions_before_heads), "heads"),
     "heads share values in turn": ("llama", _anatomy(value_rows=_next_group), "heads"),
     "queries, keys and values do not take turns": ("gpt_neox", _anatomy(value_rows=_last_third), "heads"),
     "values are not clamped": ("olmo-clipped", _anatomy(value_clip=lambda _: None), "heads"),
     "values of heads are mixed by each other's patterns": (
         "gpt2",
-        _patched("decomposition.mix", lambda mix: lambda pattern, values: mix(pattern.flip(1), values)),
+        _patched("engine.decomposition.mix", lambda mix: lambda pattern, values: mix(pattern.flip(1), values)),
         "attention_neurons",
     ),
-    "FFN bias is forgotten": ("gpt2", _without("ffn_bias"), "ffn_neurons"),
-    "subvalues belong to their neighbours": ("llama", _rolled("subvalues"), "ffn_neurons"),
-    "factor on what the FFN writes is not folded": ("granite", _without("ffn_fold"), "ffn_neurons"),
-    "weight of the norm after the FFN is shuffled": ("gemma2", _rolled("ffn_fold"), "ffn_neurons"),
-    "scale of the norm after the FFN is forgotten": ("gemma3", _without("ffn_post_norms"), "ffn_neurons"),
+    "FFN bias is forgotten": ("gpt2", _without("ffn", "bias"), "ffn_neurons"),
+    "subvalues belong to their neighbours": ("llama", _sublayers("ffn", _of_neighbours), "ffn_neurons"),
+    "factor on what the FFN writes is not folded": ("granite", _without("ffn", "post_weight"), "ffn_neurons"),
+    "weight of the norm after the FFN is shuffled": (
+        "gemma2",
+        _sublayers("ffn", _weighted_as_neighbours),
+        "ffn_neurons",
+    ),
+    "scale of the norm after the FFN is forgotten": ("gemma3", _without("ffn", "post_norm"), "ffn_neurons"),
     # The readout is wrong.
     "final norm weight counts from zero": (
         "gemma",
@@ -361,8 +384,8 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
         "layer_importances",
     ),
     # The subkeys are wrong.
-    "norm weight before the FFN is shuffled": ("llama", _norms("ffn_norms", _shuffled), "ffn_subkeys"),
-    "norm before the FFN does not centre": ("gpt2", _norms("ffn_norms", _off_centre), "ffn_subkeys"),
+    "norm weight before the FFN is shuffled": ("llama", _norms("ffn", _shuffled), "ffn_subkeys"),
+    "norm before the FFN does not centre": ("gpt2", _norms("ffn", _off_centre), "ffn_subkeys"),
     "FFN is taken to read the block's input": ("llama", _anatomy(parallel=lambda _: True), "ffn_subkeys"),
     "FFN is taken to read what attention wrote": ("gptj", _anatomy(parallel=lambda _: False), "ffn_subkeys"),
     "gate and up are swapped": (
@@ -380,8 +403,12 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
         _subkeys(lambda subkeys: replace(subkeys, activation=torch.nn.functional.gelu)),
         "ffn_subkeys",
     ),
-    "norm weight before attention is shuffled": ("llama", _norms("attention_norms", _shuffled), "value_subkeys"),
-    "bias of the value projection is forgotten": ("gpt2", _without("value_biases"), "value_subkeys"),
+    "norm weight before attention is shuffled": ("llama", _norms("attention", _shuffled), "value_subkeys"),
+    "bias of the value projection is forgotten": (
+        "gpt2",
+        _anatomy(value_biases=lambda anatomy: (None,) * anatomy.layers),
+        "value_subkeys",
+    ),
     # Tracing is not neutral.
     "masks are ignored": (
         "gpt2",
@@ -465,7 +492,7 @@ def test_every_check_has_a_fault_that_it_is_the_first_to_catch() -> None:
 def test_the_message_gives_model_identity_value_bound_derivation_and_remedy(
     loaded: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = _without("ffn_bias")(loaded("gpt2"), monkeypatch)
+    broken = _without("ffn", "bias")(loaded("gpt2"), monkeypatch)
     with pytest.raises(PreflightError) as caught:
         at.preflight(broken)
     message = str(caught.value)
@@ -523,7 +550,7 @@ def test_bounds_follow_the_type_of_the_weights(
     _passes(sound)
     # And they are still bounds: neighbours' vectors exceed them.
     with pytest.raises(PreflightError, match="'ffn_neurons'"):
-        at.preflight(_rolled("subvalues")(sound, pytest.MonkeyPatch()))
+        at.preflight(_sublayers("ffn", _of_neighbours)(sound, pytest.MonkeyPatch()))
 
 
 def test_a_type_in_which_the_model_gives_no_numbers_is_named(make_folder: Callable[[str], Path]) -> None:

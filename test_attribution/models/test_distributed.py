@@ -157,11 +157,11 @@ def test_a_spread_model_gives_the_rankings_of_another(monkeypatch: pytest.Monkey
         one, other = (at.attribute(each, prompt, unit=unit, k=10) for each in (plain, spread))
         assert one.neurons == other.neurons
         assert torch.equal(one.scores, other.scores)
-    assert len(spread.anatomy.subvalues) == spread.anatomy.layers
-    assert torch.equal(spread.anatomy.subvalues[-1], plain.anatomy.subvalues[-1])
-    assert len(spread.anatomy.subvalues[1:3]) == 2
+    assert len(spread.anatomy.ffn) == spread.anatomy.layers
+    assert torch.equal(spread.anatomy.sublayer(-1, "ffn").vectors, plain.anatomy.sublayer(-1, "ffn").vectors)
+    assert len(spread.anatomy.subkeys[1:3]) == 2
     with pytest.raises(IndexError):
-        spread.anatomy.subvalues[spread.anatomy.layers]
+        spread.anatomy.subkeys[spread.anatomy.layers]
 
 
 def test_xdist_workers_give_the_verdicts_of_one_process_and_one_report(tmp_path: Path) -> None:

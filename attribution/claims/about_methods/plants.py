@@ -35,7 +35,7 @@ from attribution.experiments.planting import (
 )
 from attribution.models.model import Model
 from attribution.models.norms import normalise
-from attribution.records import AttentionNeuron, FFNNeuron, Neuron, Sublayer
+from attribution.records import AttentionNeuron, FFNNeuron, Neuron, SublayerKind
 
 __all__ = ["KINDS", "PROMPTS", "Kind", "Planting", "Task", "planting_of", "task_of"]
 
@@ -140,7 +140,7 @@ class _Nature:
             the same for all prompts.
     """
 
-    loudest: dict[Sublayer, float]
+    loudest: dict[SublayerKind, float]
     heads: list[int]
     sources: Tensor
 
@@ -153,7 +153,7 @@ def _read_nature(model: Model, task: Task) -> _Nature:
     anatomy, number = model.anatomy, len(task.questions)
     tables = [cast(VectorTable, table_of(model, unit)) for unit in ("ffn", "attention")]
     ffn_norms, attention_norms = (table.norms.view(anatomy.layers, 1, -1) for table in tables)
-    loud: dict[Sublayer, Tensor] = {"ffn": torch.zeros(number), "attention": torch.zeros(number)}
+    loud: dict[SublayerKind, Tensor] = {"ffn": torch.zeros(number), "attention": torch.zeros(number)}
     attends = torch.zeros(anatomy.layers, number, anatomy.heads)
     source = torch.zeros(anatomy.layers, number, anatomy.heads, dtype=torch.long)
     for rows, batch in batches_of(model, task.questions):
@@ -177,14 +177,14 @@ def _whole_traces(model: Model, task: Task) -> Iterator[tuple[list[int], Tensor,
 
 
 def _reads(
-    model: Model, task: Task, places: Sequence[tuple[Sublayer, int, Tensor]], moments: Collection[int]
+    model: Model, task: Task, places: Sequence[tuple[SublayerKind, int, Tensor]], moments: Collection[int]
 ) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Return what sublayers read behind their norms.
 
     Args:
         model: The model.
         task: The prompts.
-        places: Sublayer, layer, and one position of each prompt, (prompts,).
+        places: SublayerKind, layer, and one position of each prompt, (prompts,).
         moments: Layers whose attention's second moment is asked for.
 
     Returns:
@@ -196,10 +196,10 @@ def _reads(
     for rows, real, seen in _whole_traces(model, task):
         for each, (sublayer, layer, positions) in zip(found, places, strict=True):
             stream = seen.resid_pre if sublayer == "attention" or anatomy.parallel else seen.resid_mid
-            norm = (anatomy.attention_norms if sublayer == "attention" else anatomy.ffn_norms)[layer]
+            norm = anatomy.sublayer(layer, sublayer).input_norm
             each[rows] = normalise(stream[layer, range(len(rows)), positions[rows].to(model.device)].double(), norm)
         for layer, sum_of in summed.items():
-            tokens = normalise(seen.resid_pre[layer][real].double(), anatomy.attention_norms[layer])
+            tokens = normalise(seen.resid_pre[layer][real].double(), anatomy.sublayer(layer, "attention").input_norm)
             sum_of += tokens.T @ tokens
     tokens_in_all = sum(len(question.ids) for question in task.questions)
     return found, {layer: sum_of / tokens_in_all for layer, sum_of in summed.items()}
@@ -260,9 +260,9 @@ def _draw_planting(bench: Workbench, kind: Kind) -> Planting:
     nature = _nature(bench)
     # By kind: where one kind is planted tells nothing of where another is.
     draw = random.Random(f"{bench.seed} {kind}")
-    free: dict[tuple[Sublayer, int], list[int]] = {}
+    free: dict[tuple[SublayerKind, int], list[int]] = {}
 
-    def neuron_of(sublayer: Sublayer, layer: int) -> Neuron:
+    def neuron_of(sublayer: SublayerKind, layer: int) -> Neuron:
         """Draw a neuron of a layer that is not planted yet; of attention, one of the head that attends most."""
         size = anatomy.ffn_neurons if sublayer == "ffn" else anatomy.head_dim
         number = free.setdefault((sublayer, layer), draw.sample(range(size), size)).pop()
@@ -274,7 +274,7 @@ def _draw_planting(bench: Workbench, kind: Kind) -> Planting:
         # At the tokens that heads attend to, plants of other categories fire as they happen to. Further down they would
         # change what is attended to and read there; in one layer none disturbs another.
         layers = layers[:1] * len(layers)
-    first: Sublayer = "attention" if kind == "attention" else "ffn"
+    first: SublayerKind = "attention" if kind == "attention" else "ffn"
     sources = [task.last if kind == "ffn" else nature.sources[upper] for *_, upper in layers]
     inputs, moments = _reads(
         model,
@@ -283,10 +283,9 @@ def _draw_planting(bench: Workbench, kind: Kind) -> Planting:
         {upper for _, upper in layers} if kind == "chain" else (),
     )
     quiet = {
-        layer: quiet_subkeys(moment, anatomy.attention_norms[layer], len(task.words))
+        layer: quiet_subkeys(moment, anatomy.sublayer(layer, "attention").input_norm, len(task.words))
         for layer, moment in moments.items()
     }
-    folds = {"ffn": anatomy.ffn_fold, "attention": anatomy.attention_fold}
     dtype = anatomy.readout.unembedding.dtype
     subkeys = torch.cat(
         [firing_subkeys(own, fires, dtype) for own, fires in zip(inputs, task.fires.split(_SIDES, 1), strict=True)]
@@ -297,10 +296,10 @@ def _draw_planting(bench: Workbench, kind: Kind) -> Planting:
         towards = answer_direction(anatomy.readout, word)
         if kind == "chain":
             reads = quiet[upper][column]
-            vector = vector_along(towards, anatomy.attention_fold[upper])
+            vector = vector_along(towards, anatomy.sublayer(upper, "attention").post_weight)
             woken.append(Plant(neuron_of("attention", upper), reads, vector))
-            towards = folded_subkeys(reads[None], anatomy.attention_norms[upper])[0]
-        vector = vector_along(towards, folds[first][lower])
+            towards = folded_subkeys(reads[None], anatomy.sublayer(upper, "attention").input_norm)[0]
+        vector = vector_along(towards, anatomy.sublayer(lower, first).post_weight)
         driven.append(Plant(neuron_of(first, lower), subkeys[column], vector))
     where = [sources[column // _SIDES] for column in range(len(task.words))]
     driven = _louder(model, task, driven, where, nature.loudest[first])

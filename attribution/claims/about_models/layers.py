@@ -14,7 +14,7 @@ from attribution.claims.about_models.survey import Survey, claim_about, depth, s
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.judge import Verdict
-from attribution.records import Sublayer
+from attribution.records import SublayerKind
 
 __all__ = [
     "PARTS",
@@ -32,7 +32,7 @@ PARTS: tuple[Part, ...] = ("layers", "heads")
 _TOP_HEADS = 10
 
 
-def layers_contribute(bench: Workbench, kind: Sublayer) -> Verdict:
+def layers_contribute(bench: Workbench, kind: SublayerKind) -> Verdict:
     """Judge that the attention layers, or the FFN layers, raise the answer over what was not asked for (Table 3)."""
     found = survey(bench)
     own, other = (_of_kind(each, kind).sum(1) for each in (found.layers, found.layers_for_other_answers))
@@ -130,7 +130,7 @@ def _number(found: Survey, part: Part) -> int:
     return max(1, min(_TOP_HEADS, anatomy.layers * anatomy.heads // 4))
 
 
-def _of_kind(layers: npt.NDArray[np.float64], kind: Sublayer) -> npt.NDArray[np.float64]:
+def _of_kind(layers: npt.NDArray[np.float64], kind: SublayerKind) -> npt.NDArray[np.float64]:
     return layers[:, 0 if kind == "attention" else 1 :: 2]
 
 

@@ -18,7 +18,7 @@ from attribution.claims.about_models.survey import Survey, claim_about, depth, s
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.judge import Verdict
-from attribution.records import Component, FFNNeuron, Sublayer
+from attribution.records import Component, FFNNeuron, SublayerKind
 
 __all__ = [
     "SIDES",
@@ -41,7 +41,7 @@ _K = 10
 _DEPTHS = (METHOD, "log_prob", "prob_increase")
 
 
-def _sums(bench: Workbench, kind: Sublayer) -> tuple[Survey, dict[str, npt.NDArray[np.float64]]]:
+def _sums(bench: Workbench, kind: SublayerKind) -> tuple[Survey, dict[str, npt.NDArray[np.float64]]]:
     """Return sums over a kind's neurons on each prompt, in nats, (n,) each: all, positive, and the highest ones."""
 
     def measured() -> tuple[Survey, dict[str, npt.NDArray[np.float64]]]:
@@ -57,7 +57,7 @@ def _sums(bench: Workbench, kind: Sublayer) -> tuple[Survey, dict[str, npt.NDArr
     return bench.once(("sums", kind), measured)
 
 
-def few_neurons_carry_most(bench: Workbench, kind: Sublayer) -> Verdict:
+def few_neurons_carry_most(bench: Workbench, kind: SublayerKind) -> Verdict:
     """Judge that the paper's number of value neurons carries more than half of what all neurons of a kind add up to."""
     found, sums = _sums(bench, kind)
     number = found.value_neurons(kind)

@@ -11,7 +11,7 @@ from attribution.claims.about_models.survey import Survey, claim_about, depth, s
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.judge import Verdict
-from attribution.records import Sublayer
+from attribution.records import SublayerKind
 
 __all__ = [
     "attention_value_neurons_are_woken_below_ffn_ones",
@@ -24,7 +24,7 @@ __all__ = [
 _TABLES = {"ffn": "table_6", "attention": "table_14"}
 
 
-def _shares(found: Survey, kind: Sublayer) -> npt.NDArray[np.float64]:
+def _shares(found: Survey, kind: SublayerKind) -> npt.NDArray[np.float64]:
     """Return each layer's part in waking a prompt's value neurons of a kind, (n, 2 * layers); all parts add to 1.
 
     The embedding and the biases have parts as well, which are not among the columns.
@@ -72,7 +72,7 @@ def query_layers_of_attention_neurons(bench: Workbench) -> Exhibit:
     return _query_layers(bench, "attention")
 
 
-def _query_layers(bench: Workbench, kind: Sublayer) -> Exhibit:
+def _query_layers(bench: Workbench, kind: SublayerKind) -> Exhibit:
     found = survey(bench)
     frame = found.best(_shares(found, kind), "layer", "share")
     top = frame[frame["rank"] <= 3]["layer"].value_counts()

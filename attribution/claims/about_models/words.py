@@ -23,7 +23,7 @@ from attribution.engine.ranking import all_candidates
 from attribution.engine.top_k import top_k
 from attribution.engine.vectors import table_of
 from attribution.experiments.selection_rule import one_token_words
-from attribution.records import Component, FFNNeuron, Sublayer
+from attribution.records import Component, FFNNeuron, SublayerKind
 
 __all__ = ["interpretable_neurons", "neurons_raise_words_of_their_category"]
 
@@ -93,7 +93,7 @@ def _others(candidates: Candidates, index: Tensor, question: Question, seed: int
     return torch.tensor(drawn, dtype=torch.long, device=index.device)
 
 
-def _measured(bench: Workbench, kind: Sublayer) -> tuple[Survey, list[_OfPrompt]]:
+def _measured(bench: Workbench, kind: SublayerKind) -> tuple[Survey, list[_OfPrompt]]:
     """Return the top neurons of every prompt of the survey, and others, with what they raise; measured once."""
 
     def measured() -> tuple[Survey, list[_OfPrompt]]:
@@ -113,7 +113,7 @@ def _measured(bench: Workbench, kind: Sublayer) -> tuple[Survey, list[_OfPrompt]
     return bench.once(("words", kind), measured)
 
 
-def neurons_raise_words_of_their_category(bench: Workbench, category: str, kind: Sublayer) -> Verdict:
+def neurons_raise_words_of_their_category(bench: Workbench, category: str, kind: SublayerKind) -> Verdict:
     """Judge that the tokens which value neurons raise are words of the category more often than random ones' are."""
     found, of_prompt = _measured(bench, kind)
     rows = found.of(category)
@@ -158,7 +158,7 @@ def interpretable_neurons(bench: Workbench) -> Exhibit:
         )
 
     found = survey(bench)
-    kinds: tuple[Sublayer, ...] = ("ffn", "attention")
+    kinds: tuple[SublayerKind, ...] = ("ffn", "attention")
     for category in found.named:
         for kind in kinds:
             _, of_prompt = _measured(bench, kind)

@@ -329,11 +329,14 @@ class Recount:
         anatomy, first = self.model.anatomy, head.head * self.model.anatomy.head_dim
         own = slice(first, first + anatomy.head_dim)
         weight, bias = anatomy.value_subkeys(head.layer)
-        read = normalise(anatomy.subvalues[neuron.layer][neuron.index].double(), anatomy.attention_norms[head.layer])
+        read = normalise(
+            anatomy.sublayer(neuron.layer, "ffn").vectors[neuron.index].double(),
+            anatomy.sublayer(head.layer, "attention").input_norm,
+        )
         values = weight[own].double() @ read
         if bias is not None:
             values = values + bias[own].double()
-        return self.project(values @ anatomy.value_vectors[head.layer][own].double())
+        return self.project(values @ anatomy.sublayer(head.layer, "attention").vectors[own].double())
 
     def telescoped(self) -> float:
         """Return log p(w | final state) - log p(w | embedding), which all layers add up to."""
@@ -344,9 +347,9 @@ class Recount:
     def value_vector(self, neuron: Neuron) -> Tensor:
         """Return the logits of a neuron's bare vector."""
         if isinstance(neuron, FFNNeuron):
-            return self.project(self.model.anatomy.subvalues[neuron.layer][neuron.index])
+            return self.project(self.model.anatomy.sublayer(neuron.layer, "ffn").vectors[neuron.index])
         row = neuron.head * self.model.anatomy.head_dim + neuron.dim
-        return self.project(self.model.anatomy.value_vectors[neuron.layer][row])
+        return self.project(self.model.anatomy.sublayer(neuron.layer, "attention").vectors[row])
 
     def layers(self) -> dict[Layer, float]:
         """Return the importance of each layer."""

@@ -23,7 +23,7 @@ from attribution.claims.judge import Claim, Verdict, judge_exact
 from attribution.claims.paper import paper_model
 from attribution.errors import BadInputError
 from attribution.prompts.tokens import encode
-from attribution.records import Component, Layer, Neuron, Sublayer, Unit
+from attribution.records import Component, Layer, Neuron, SublayerKind, Unit
 
 __all__ = ["Comparison", "agrees_with_the_notebook"]
 
@@ -68,7 +68,7 @@ class Comparison:
     def _layers(self, printed: Figures) -> Iterator[Difference]:
         found, tolerance = self.recount.layers(), self._of_nats(printed["decimals"])
         total = 0.0
-        kinds: tuple[Sublayer, Sublayer] = ("attention", "ffn")
+        kinds: tuple[SublayerKind, SublayerKind] = ("attention", "ffn")
         for kind in kinds:
             own = [found[Layer(layer, kind)] for layer in range(self.recount.model.anatomy.layers)]
             yield same(f"number of {kind} layers", len(printed[kind]), len(own))

@@ -25,7 +25,7 @@ from attribution.models.anatomy import first_tensor, resolve
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import pad
-from attribution.records import AttentionNeuron, Component, FFNNeuron, Head, Sublayer
+from attribution.records import AttentionNeuron, Component, FFNNeuron, Head, SublayerKind
 
 __all__ = ["ABLATIONS", "BACKWARD", "ablation_is_what_hooks_do", "backward_passes_are_what_hooks_find"]
 
@@ -42,7 +42,7 @@ _RANKED = 50
 # Points on the path of integrated gradients.
 _STEPS = 3
 
-_Site: TypeAlias = tuple[int, Sublayer]
+_Site: TypeAlias = tuple[int, SublayerKind]
 _Hook: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -62,7 +62,7 @@ def _tolerance(model: Model) -> float:
 
 
 def _sites(model: Model) -> list[_Site]:
-    units: tuple[Sublayer, Sublayer] = ("attention", "ffn")
+    units: tuple[SublayerKind, SublayerKind] = ("attention", "ffn")
     return [(layer, unit) for layer in range(model.anatomy.layers) for unit in units]
 
 
@@ -251,7 +251,7 @@ def _slopes(
     }
 
 
-def _effects(model: Model, question: Question, method: str, unit: Sublayer) -> Tensor:
+def _effects(model: Model, question: Question, method: str, unit: SublayerKind) -> Tensor:
     """Return what a method's backward passes say of every neuron of a prompt, by hand, (L, N) or (L, H, dh, P)."""
     anatomy, sites = model.anatomy, [site for site in _sites(model) if site[1] == unit]
     seen = read_activations(model, pad([question.ids], device=model.device), positions="all")
@@ -292,7 +292,7 @@ def backward_passes_are_what_hooks_find(bench: Workbench, method: str) -> Verdic
     )
     prompts, questions = _prompts(bench)
     errors = []
-    units: tuple[Sublayer, Sublayer] = ("ffn", "attention")
+    units: tuple[SublayerKind, SublayerKind] = ("ffn", "attention")
     for unit in units if prompts else ():
         rankings = attribute(bench.model, prompts, unit=unit, method=method, k=_RANKED, steps=_STEPS)
         for question, ranking in zip(questions, rankings, strict=True):

@@ -31,7 +31,7 @@ from attribution.engine.trace import Activations, read_activations
 from attribution.experiments.controls import matched
 from attribution.models.anatomy import Anatomy
 from attribution.models.norms import Norm
-from attribution.records import AttentionNeuron, Component, FFNNeuron, HeadPosition, Layer, Neuron, Sublayer, Unit
+from attribution.records import AttentionNeuron, Component, FFNNeuron, HeadPosition, Layer, Neuron, SublayerKind, Unit
 
 __all__ = [
     "SCORED_UNITS",
@@ -94,15 +94,15 @@ class _Traced:
         if isinstance(record, Layer):
             return stream, one, (seen.ffn_output if of_ffn else seen.attention_output)[layer, row, self.last].double()
         gain = (seen.ffn_gain if of_ffn else seen.attention_gain)[layer, row, self.last].double()
-        fold = (anatomy.ffn_fold if of_ffn else anatomy.attention_fold)[layer]
+        fold = anatomy.sublayer(layer, "ffn" if of_ffn else "attention").post_weight
         factor = one if fold is None else fold.double()
         if isinstance(record, FFNNeuron):
             coefficient = seen.coefficients[layer, row, self.last, record.index].double()
-            return stream, coefficient * gain, anatomy.subvalues[layer][record.index].double() * factor
+            return stream, coefficient * gain, anatomy.sublayer(layer, "ffn").vectors[record.index].double() * factor
         weights = seen.pattern[layer, row, record.head, self.last].double()
         values = seen.values[layer, row, :, record.head].double()
         first = record.head * anatomy.head_dim
-        vectors = anatomy.value_vectors[layer][first : first + anatomy.head_dim].double() * factor
+        vectors = anatomy.sublayer(layer, "attention").vectors[first : first + anatomy.head_dim].double() * factor
         if isinstance(record, AttentionNeuron):
             taken = weights[record.position] * values[record.position, record.dim]
             return stream, taken * gain, vectors[record.dim]
@@ -299,7 +299,7 @@ def _reading(traced: _Traced, neuron: Neuron) -> _Reading:
     anatomy, seen, row, layer = traced.anatomy, traced.seen, traced.row, neuron.layer
     after_attention = isinstance(neuron, FFNNeuron) and not anatomy.parallel
     position = traced.last if isinstance(neuron, FFNNeuron) else neuron.position
-    norm = (anatomy.ffn_norms if isinstance(neuron, FFNNeuron) else anatomy.attention_norms)[layer]
+    norm = anatomy.sublayer(layer, "ffn" if isinstance(neuron, FFNNeuron) else "attention").input_norm
     stream = (seen.resid_mid if after_attention else seen.resid_pre)[layer, row, position].double()
     gamma = stream.new_ones(()) if norm is None or norm.weight is None else norm.weight.double()
     read = stream if norm is None else gamma * _centred(stream, norm) / _scale(stream, norm)
@@ -347,7 +347,7 @@ def _misread(traced: _Traced, found: QueryRanking, given: Ranking) -> int:
     components = 2 * anatomy.layers + 1
     relative = rounding(seen.resid_pre.dtype, components + anatomy.width, normed=True)
     off = scores.abs() * scores.new_tensor([reading.amplification for reading in readings]) * relative
-    units: dict[Sublayer, list[int]] = {"ffn": [], "attention": []}
+    units: dict[SublayerKind, list[int]] = {"ffn": [], "attention": []}
     for number, neuron in enumerate(found.value_neurons):
         units["ffn" if isinstance(neuron, FFNNeuron) else "attention"].append(number)
     for unit, members in units.items():
@@ -365,8 +365,8 @@ def _misread(traced: _Traced, found: QueryRanking, given: Ranking) -> int:
     for place in places:
         query_neuron, expected, margin = found.neurons[place], scores.new_zeros(()), scores.new_zeros(())
         layer, index = query_neuron.layer, query_neuron.index
-        fold = anatomy.ffn_fold[layer]
-        vector = anatomy.subvalues[layer][index].double() * (1 if fold is None else fold.double())
+        fold = anatomy.sublayer(layer, "ffn").post_weight
+        vector = anatomy.sublayer(layer, "ffn").vectors[index].double() * (1 if fold is None else fold.double())
         for number in units["attention"]:
             reading = readings[number]
             if found.value_neurons[number].layer > layer:
