@@ -42,7 +42,9 @@ def brute_force(candidates: Candidates, projected: list[Tensor]) -> Tensor:
     table, scores = candidates.table, torch.empty(len(candidates), dtype=torch.float64)
     readout = table.readout
     centred = (
-        candidates.stream - candidates.stream.mean(-1, keepdim=True) if readout.norm.centred else candidates.stream
+        candidates.streams.states - candidates.streams.states.mean(-1, keepdim=True)
+        if readout.norm.centred
+        else candidates.streams.states
     )
     probabilities = (centred * readout.norm.weight / candidates.scale) @ readout.unembedding.double().T
     probabilities = probabilities.softmax(-1)

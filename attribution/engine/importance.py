@@ -21,12 +21,14 @@ from attribution.engine.projection import before_softmax, pull_back
 from attribution.engine.trace import Activations
 from attribution.engine.vectors import VectorTable, slots_of
 from attribution.errors import BadInputError
-from attribution.models.anatomy import Anatomy
+from attribution.models.anatomy import Anatomy, Readout
 from attribution.models.norms import frozen_scale
-from attribution.records import SUBLAYERS, AttentionNeuron, Component, FFNNeuron, Head, HeadPosition, SublayerKind, Unit
+from attribution.records import SUBLAYERS, Component, SublayerKind, Unit
 
 __all__ = [
     "Candidates",
+    "Streams",
+    "TracedPrompt",
     "candidates_of",
     "first_order",
     "first_order_bound",
@@ -64,10 +66,52 @@ def first_order(probs: Tensor, update: Tensor, answer: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Streams:
+    """What the candidates of one prompt add to, and the distributions over tokens that follow from it.
+
+    Attributes:
+        states: x of Eq. 13 per slot, (slots, width), float64: ``resid_mid`` for the FFN, ``resid_pre`` for attention.
+        scale: s, the frozen scale, a scalar.
+        readout: The final norm and unembedding.
+    """
+
+    states: Tensor
+    scale: Tensor
+    readout: Readout
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """Log p(t|x) of every token t, the log-softmax of bs(x) in every slot, (slots, vocabulary)."""
+        return before_softmax(self.states, self.scale, self.readout).log_softmax(-1)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """p(t|x) of every token t, in every slot, (slots, vocabulary)."""
+        return self.log_probs.exp()
+
+
+@dataclass(frozen=True)
+class TracedPrompt:
+    """One prompt of a traced batch.
+
+    Attributes:
+        anatomy: The model's anatomy.
+        activations: Of the batch, read at the last position.
+        row: The prompt's row.
+        length: How many of its tokens are real; attention neurons exist at each of them.
+    """
+
+    anatomy: Anatomy
+    activations: Activations
+    row: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Candidates:
     """Everything of one unit that can be ranked for one prompt and answer, in order of the records.
 
-    Candidate i adds ``coefficient[i]`` times its vector to the residual stream ``stream[slot[i]]`` at the last
+    Candidate i adds ``coefficient[i]`` times its vector to the residual stream ``streams.states[slot[i]]`` at the last
     position. Numbers are float64: importances are small differences of large logits.
 
     Attributes:
@@ -78,8 +122,7 @@ class Candidates:
         position: (n,), its source position; 0 for what has none.
         coefficient: m, or alpha * val for attention neurons, times the gain of a norm that follows, (n,); 1 for
             heads and layers, whose vectors are what they write.
-        stream: x of Eq. 13 per slot, (slots, width): ``resid_mid`` for the FFN, ``resid_pre`` for attention.
-        scale: s, the frozen scale, a scalar.
+        streams: What they add to.
         answer: w, the answer's token id.
         total: Number of candidates of the unit for this prompt.
         seed: Seed for methods that draw random numbers.
@@ -93,8 +136,7 @@ class Candidates:
     row: Tensor
     position: Tensor
     coefficient: Tensor
-    stream: Tensor
-    scale: Tensor
+    streams: Streams
     answer: int
     total: int
     seed: int
@@ -106,14 +148,26 @@ class Candidates:
     def take(self, index: Tensor) -> Candidates:
         """Return the candidates at ``index``, in that order."""
         names = ("index", "slot", "row", "position", "coefficient")
-        part = replace(
+        return replace(
             self,
             **{name: getattr(self, name)[index] for name in names},
             effects={name: effect[index] for name, effect in self.effects.items()},
         )
-        # The stream depends on the prompt alone; a subset need not project it again.
-        part.__dict__["_whole"] = self
-        return part
+
+    @property
+    def scale(self) -> Tensor:
+        """s, the frozen scale of the prompt, a scalar."""
+        return self.streams.scale
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Log p(t|x) of every token t, in every slot, (slots, vocabulary)."""
+        return self.streams.log_probs
+
+    @property
+    def probs(self) -> Tensor:
+        """p(t|x) of every token t, in every slot, (slots, vocabulary)."""
+        return self.streams.probs
 
     def places_of(self, records: Sequence[Component]) -> Tensor:
         """Return the index of each record among the candidates of a neuron unit, (n,); all must be there.
@@ -136,39 +190,7 @@ class Candidates:
     def records(self, index: Tensor) -> list[Component]:
         """Return the records of the candidates at ``index``, in that order."""
         columns = (each[index].tolist() for each in (self.slot, self.row, self.position))
-        # Prompts rank the same neurons again and again: looking one up takes a fifth of making it anew.
-        known, found = self.table.known_records, []
-        for place in zip(*columns, strict=True):
-            if place not in known:
-                known[place] = self._record(*place)
-            found.append(known[place])
-        return found
-
-    def _record(self, slot: int, row: int, position: int) -> Component:
-        sublayer, (head, dim) = self.table.sublayers[slot], divmod(row, self.table.per_head)
-        if self.table.unit == "layer":
-            return sublayer
-        if self.table.unit == "head":
-            return Head(sublayer.layer, row)
-        if self.table.unit == "head_position":
-            return HeadPosition(sublayer.layer, head, dim)
-        if sublayer.kind == "ffn":
-            return FFNNeuron(sublayer.layer, row)
-        return AttentionNeuron(sublayer.layer, head, dim, position)
-
-    @cached_property
-    def log_probs(self) -> Tensor:
-        """Log p(t|x) of every token t, the log-softmax of bs(x) in every slot, (slots, vocabulary)."""
-        whole = self.__dict__.get("_whole")
-        if whole is not None:
-            return whole.log_probs  # type: ignore[no-any-return]
-        return before_softmax(self.stream, self.scale, self.table.readout).log_softmax(-1)
-
-    @cached_property
-    def probs(self) -> Tensor:
-        """p(t|x) of every token t, in every slot, (slots, vocabulary)."""
-        whole = self.__dict__.get("_whole")
-        return self.log_probs.exp() if whole is None else whole.probs
+        return [self.table.record(*place) for place in zip(*columns, strict=True)]
 
     @cached_property
     def update(self) -> Tensor:
@@ -231,55 +253,20 @@ def first_order_bound(candidates: Candidates, log_probs: Tensor) -> Tensor:
     mass = covector.abs().sum(-1)
     gradient = pull_back(covector.to(dtype), candidates.scale.to(dtype), table.readout)
     slopes = []
-    for vectors, fold, slope in zip(table.vectors, table.folds, gradient.expand(len(table.vectors), -1), strict=True):
-        slopes.append(vectors.to(dtype) @ (slope if fold is None else slope * fold.to(dtype)))
+    for vectors, weight, slope in zip(
+        table.vectors, table.post_weights, gradient.expand(len(table.vectors), -1), strict=True
+    ):
+        slopes.append(vectors.to(dtype) @ (slope if weight is None else slope * weight.to(dtype)))
     value: Tensor = candidates.coefficient * candidates.of_vector(torch.cat(slopes).double())
     terms = sum(size**0.5 for size in table.readout.unembedding.shape)
     margin: Tensor = 4 * terms * torch.finfo(dtype).eps * mass.expand(len(table.vectors))[candidates.slot]
     return value + margin * candidates.reach
 
 
-def _of_prompt(
-    unit: Unit, anatomy: Anatomy, activations: Activations, prompt: int, coefficients: Tensor
-) -> VectorTable:
-    """Return what the heads or layers of one prompt write, as a table of its own.
-
-    Args:
-        unit: ``"head"``, ``"head_position"`` or ``"layer"``.
-        anatomy: The model's anatomy.
-        activations: Read at the last position.
-        prompt: Row of the batch.
-        coefficients: alpha * val times the gain, (L, H, dh, P).
-    """
-    if unit == "layer":
-        # The bias of an output projection belongs to the layer, though to no neuron and no head of it.
-        outputs = {"attention": activations.attention_output, "ffn": activations.ffn_output}
-        sublayers = slots_of(unit, anatomy)
-        vectors = tuple(outputs[each.kind][each.layer, prompt][None] for each in sublayers)
-        return VectorTable(unit, sublayers, vectors, (None,) * len(sublayers), anatomy.readout, 1)
-    depth = coefficients.shape[-1] if unit == "head_position" else 1
-    parts = coefficients if unit == "head_position" else coefficients.sum(-1, keepdim=True)
-    written = []
-    for layer in range(anatomy.layers):
-        per_head = anatomy.sublayer(layer, "attention").vectors.double().unflatten(0, (anatomy.heads, anatomy.head_dim))
-        written.append(torch.einsum("hdp,hdw->hpw", parts[layer], per_head).flatten(0, 1))
-    return VectorTable(
-        unit,
-        slots_of(unit, anatomy),
-        tuple(written),
-        tuple(each.post_weight for each in anatomy.attention),
-        anatomy.readout,
-        depth,
-    )
-
-
 def candidates_of(
     unit: Unit,
-    table: VectorTable | None,
-    anatomy: Anatomy,
-    activations: Activations,
-    prompt: int,
-    length: int,
+    prompt: TracedPrompt,
+    table: VectorTable | None = None,
     *,
     answer: int,
     seed: int = 0,
@@ -289,44 +276,39 @@ def candidates_of(
 
     Args:
         unit: What is scored.
+        prompt: The prompt.
         table: The vectors of a neuron unit; ``None`` for heads and layers, whose vectors depend on the prompt.
-        anatomy: The model's anatomy.
-        activations: Read at the last position.
-        prompt: Row of the batch.
-        length: Number of real tokens of that row; attention neurons exist at each of them.
         answer: The answer's token id.
         seed: Seed for methods that draw random numbers.
         effects: By the name of a backward pass, what it says per slot, (rows, positions) or (rows, 1) each.
     """
-    coefficients: dict[SublayerKind, Tensor] = {}
-    if "ffn" in SUBLAYERS[unit]:
-        ffn = activations.coefficients[:, prompt].double() * activations.ffn_gain[:, prompt, None].double()
-        coefficients["ffn"] = ffn
-    if "attention" in SUBLAYERS[unit]:
-        # c = alpha * val, ordered by (layer, head, dim, position) so that ties fall in that order.
-        pattern = activations.pattern[:, prompt, :, :length].double()
-        values = activations.values[:, prompt, :length].double()
-        taken = torch.einsum("lhp,lphd->lhdp", pattern, values)
-        coefficients["attention"] = taken * activations.attention_gain[:, prompt, None, None, None].double()
+    seen, row = prompt.activations, prompt.row
+    # 1. What each candidate multiplies its vector by, with the scale of a norm that follows.
+    coefficients = _coefficients(unit, prompt)
+    # 2. The vectors, and which of them each candidate writes.
     if table is None:
-        table = _of_prompt(unit, anatomy, activations, prompt, coefficients["attention"])
-        rows = sum(table.sizes)
-        coefficient = torch.ones(rows, dtype=torch.float64, device=activations.resid_pre.device)
-        places = table.places(1)
+        table = _vectors_of_prompt(unit, prompt, coefficients)
+        coefficient = torch.ones(sum(table.sizes), dtype=torch.float64, device=seen.resid_pre.device)
+        index, slot, vector_row, position = table.places(1)
     else:
         coefficient = torch.cat([coefficients[each.kind][each.layer].flatten() for each in table.sublayers])
-        places = table.places(length)
-    streams = {"attention": activations.resid_pre, "ffn": activations.resid_mid}
-    index, slot, row, position = places
+        index, slot, vector_row, position = table.places(prompt.length)
+    # 3. What they add to, under the final norm's frozen scale.
+    states = {"attention": seen.resid_pre, "ffn": seen.resid_mid}
+    readout = prompt.anatomy.readout
+    streams = Streams(
+        states=torch.stack([states[each.kind][each.layer, row] for each in table.sublayers]).double(),
+        scale=frozen_scale(seen.resid_final[row].double(), readout.norm),
+        readout=readout,
+    )
     return Candidates(
         table=table,
         index=index,
         slot=slot,
-        row=row,
+        row=vector_row,
         position=position,
         coefficient=coefficient,
-        stream=torch.stack([streams[each.kind][each.layer, prompt] for each in table.sublayers]).double(),
-        scale=frozen_scale(activations.resid_final[prompt].double(), anatomy.readout.norm),
+        streams=streams,
         answer=answer,
         total=len(index),
         seed=seed,
@@ -335,3 +317,43 @@ def candidates_of(
             for name, by_slot in (effects or {}).items()
         },
     )
+
+
+def _coefficients(unit: Unit, prompt: TracedPrompt) -> dict[SublayerKind, Tensor]:
+    """Return m, (layers, neurons), and alpha * val, (layers, heads, head_dim, positions), of the unit's sublayers."""
+    seen, row = prompt.activations, prompt.row
+    found: dict[SublayerKind, Tensor] = {}
+    if "ffn" in SUBLAYERS[unit]:
+        found["ffn"] = seen.coefficients[:, row].double() * seen.ffn_gain[:, row, None].double()
+    if "attention" in SUBLAYERS[unit]:
+        # c = alpha * val, ordered by (layer, head, dim, position) so that ties fall in that order.
+        pattern = seen.pattern[:, row, :, : prompt.length].double()
+        values = seen.values[:, row, : prompt.length].double()
+        taken = torch.einsum("lhp,lphd->lhdp", pattern, values)
+        found["attention"] = taken * seen.attention_gain[:, row, None, None, None].double()
+    return found
+
+
+def _vectors_of_prompt(unit: Unit, prompt: TracedPrompt, coefficients: Mapping[SublayerKind, Tensor]) -> VectorTable:
+    """Return what the heads or layers of one prompt write, as a table of its own.
+
+    Args:
+        unit: ``"head"``, ``"head_position"`` or ``"layer"``.
+        prompt: The prompt.
+        coefficients: Of its neurons, see :func:`_coefficients`.
+    """
+    anatomy, sublayers = prompt.anatomy, slots_of(unit, prompt.anatomy)
+    if unit == "layer":
+        # The bias of an output projection belongs to the layer, though to no neuron and no head of it.
+        outputs = {"attention": prompt.activations.attention_output, "ffn": prompt.activations.ffn_output}
+        vectors = tuple(outputs[each.kind][each.layer, prompt.row][None] for each in sublayers)
+        return VectorTable(unit, sublayers, vectors, (None,) * len(sublayers), anatomy.readout, 1)
+    parts = coefficients["attention"]
+    if unit == "head":
+        parts = parts.sum(-1, keepdim=True)
+    written = []
+    for own, part in zip(anatomy.attention, parts, strict=True):
+        per_head = own.vectors.double().unflatten(0, (anatomy.heads, anatomy.head_dim))
+        written.append(torch.einsum("hdp,hdw->hpw", part, per_head).flatten(0, 1))
+    post_weights = tuple(own.post_weight for own in anatomy.attention)
+    return VectorTable(unit, sublayers, tuple(written), post_weights, anatomy.readout, parts.shape[-1])

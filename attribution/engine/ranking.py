@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attribution.engine.batching import Progress, map_batches
 from attribution.engine.gradients import Effects, read_effects
-from attribution.engine.importance import Candidates, candidates_of
+from attribution.engine.importance import Candidates, TracedPrompt, candidates_of
 from attribution.engine.methods import Method, method_named, score_candidates
 from attribution.engine.questions import Question, prompts_with_answers, question_of
 from attribution.engine.top_k import Certificate, top_k
@@ -150,29 +150,26 @@ def all_candidates(
     }
     found: list[dict[Unit, Candidates]] = []
     for row, question in enumerate(questions):
-        length = len(question.ids)
+        prompt = TracedPrompt(model.anatomy, activations, row, len(question.ids))
         by_unit = {}
         for unit, methods in wanted.items():
             table = table_of(model, unit)
             kinds = {method.effects for method in methods if method.effects is not None}
             by_unit[unit] = candidates_of(
                 unit,
+                prompt,
                 table,
-                model.anatomy,
-                activations,
-                row,
-                length,
                 answer=question.answer_id,
                 seed=question.seed(seed),
-                effects={} if table is None else {kind: _by_slot(effects[kind], table, row, length) for kind in kinds},
+                effects={} if table is None else {kind: _by_slot(effects[kind], table, prompt) for kind in kinds},
             )
         found.append(by_unit)
     return found
 
 
-def _by_slot(effects: Effects, table: VectorTable, row: int, length: int) -> list[Tensor]:
+def _by_slot(effects: Effects, table: VectorTable, prompt: TracedPrompt) -> list[Tensor]:
     """Return what one backward pass says of each slot's neurons for one prompt."""
-    found = []
+    found, row, length = [], prompt.row, prompt.length
     for each in table.sublayers:
         effect = effects.attention if each.kind == "attention" else effects.ffn
         assert effect is not None, "read for the sublayers of the unit"

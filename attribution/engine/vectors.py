@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -12,7 +11,18 @@ from torch import Tensor
 from attribution.engine.projection import before_softmax, largest_row_norm
 from attribution.models.anatomy import Anatomy, ByLayer, Readout
 from attribution.models.model import Model
-from attribution.records import NEURON_UNITS, SUBLAYERS, AttentionNeuron, Component, FFNNeuron, Layer, Neuron, Unit
+from attribution.records import (
+    NEURON_UNITS,
+    SUBLAYERS,
+    AttentionNeuron,
+    Component,
+    FFNNeuron,
+    Head,
+    HeadPosition,
+    Layer,
+    Neuron,
+    Unit,
+)
 
 __all__ = ["VectorTable", "slots_of", "table_of"]
 
@@ -31,32 +41,40 @@ def slots_of(unit: Unit, anatomy: Anatomy) -> tuple[Layer, ...]:
     return tuple(Layer(layer, kind) for layer in range(anatomy.layers) for kind in SUBLAYERS[unit])
 
 
-@dataclass(frozen=True)
 class VectorTable:
     """The vectors that the candidates of one unit write, and what of them does not depend on the prompt.
 
-    A slot is a sublayer whose vectors are candidates; slots come in forward order.
+    A slot is a sublayer whose vectors are candidates; slots come in forward order. The table remembers what it has
+    computed: norms, bounds, ranks by answer, and records, for prompts rank the same neurons again and again.
 
-    Attributes:
+    Args:
         unit: The unit.
         sublayers: The sublayer of each slot.
         vectors: Per slot, subvalues or attention output vectors, (rows, width), in the model's dtype.
-        folds: Per slot, what a vector is multiplied by elementwise on its way to the residual stream, (width,), or
-            ``None`` for ones.
+        post_weights: Per slot, what a vector is multiplied by elementwise on its way to the residual stream, (width,),
+            or ``None`` for ones.
         readout: Final norm and unembedding.
         per_head: Rows per head in attention slots: dimensions, source positions, or 1.
-        known_records: Records that were made, by slot, row and position.
     """
 
-    unit: Unit
-    sublayers: tuple[Layer, ...]
-    vectors: Sequence[Tensor]
-    folds: tuple[Tensor | None, ...]
-    readout: Readout
-    per_head: int
-    known_records: dict[tuple[int, int, int], Component] = field(default_factory=dict, repr=False, compare=False)
-    _ranks: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _places: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+    def __init__(
+        self,
+        unit: Unit,
+        sublayers: tuple[Layer, ...],
+        vectors: Sequence[Tensor],
+        post_weights: tuple[Tensor | None, ...],
+        readout: Readout,
+        per_head: int,
+    ) -> None:
+        self.unit = unit
+        self.sublayers = sublayers
+        self.vectors = vectors
+        self.post_weights = post_weights
+        self.readout = readout
+        self.per_head = per_head
+        self._records: dict[tuple[int, int, int], Component] = {}
+        self._ranks: dict[int, Tensor] = {}
+        self._places: dict[int, tuple[Tensor, ...]] = {}
 
     @classmethod
     def of(cls, unit: Unit, anatomy: Anatomy) -> VectorTable:
@@ -122,6 +140,25 @@ class VectorTable:
             self._places[positions] = tuple(each.to(device) for each in places)
         return self._places[positions]
 
+    def record(self, slot: int, row: int, position: int) -> Component:
+        """Return the record of a candidate: looking one up takes a fifth of making it again."""
+        place = slot, row, position
+        if place not in self._records:
+            self._records[place] = self._make_record(*place)
+        return self._records[place]
+
+    def _make_record(self, slot: int, row: int, position: int) -> Component:
+        sublayer, (head, dim) = self.sublayers[slot], divmod(row, self.per_head)
+        if self.unit == "layer":
+            return sublayer
+        if self.unit == "head":
+            return Head(sublayer.layer, row)
+        if self.unit == "head_position":
+            return HeadPosition(sublayer.layer, head, dim)
+        if sublayer.kind == "ffn":
+            return FFNNeuron(sublayer.layer, row)
+        return AttentionNeuron(sublayer.layer, head, dim, position)
+
     def place_of(self, record: Component, positions: int) -> int | None:
         """Return the index of a neuron among the candidates of :meth:`places`; ``None`` if it is not one of them."""
         kind = "ffn" if isinstance(record, FFNNeuron) else "attention"
@@ -148,9 +185,9 @@ class VectorTable:
 
     def written(self, slot: int, rows: Tensor) -> Tensor:
         """Return vectors as they are written for a coefficient and a gain of 1, float64, (rows, width)."""
-        fold = self.folds[slot]
+        post_weight = self.post_weights[slot]
         vectors = self.vectors[slot][rows].double()
-        return vectors if fold is None else vectors * fold.double()
+        return vectors if post_weight is None else vectors * post_weight.double()
 
     @cached_property
     def _leading_tokens(self) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def _states(unit: str, record: Any, activations: Activations, model: at.Model) -
         return before, after[layer, 0].double()
     kind = "ffn" if isinstance(record, at.FFNNeuron) else "attention"
     gain = getattr(activations, f"{kind}_gain")[layer, 0].double()
-    fold = getattr(anatomy, f"{kind}_fold")[layer]
+    fold = anatomy.sublayer(layer, kind).post_weight
     fold = torch.ones(anatomy.width) if fold is None else fold
     if isinstance(record, at.FFNNeuron):
         written = (

@@ -16,7 +16,7 @@ from torch import Tensor
 import attribution as at
 from attribution.engine import methods
 from attribution.engine.gradients import KINDS
-from attribution.engine.importance import Candidates, first_order_bound
+from attribution.engine.importance import Candidates, Streams, first_order_bound
 from attribution.engine.methods import Method, method_named, register_method, score_candidates
 from attribution.engine.top_k import top_k
 from attribution.engine.vectors import VectorTable
@@ -72,8 +72,11 @@ def sets_of_candidates(draw: st.DrawFn, unit: Unit = "ffn") -> Candidates:
         position=position,
         coefficient=torch.tensor(coefficient, dtype=torch.float64),
         # A stream many times the size saturates the probabilities.
-        stream=numbers(len(sublayers), width).double() * draw(st.sampled_from([0.0, 1.0, 100.0])),
-        scale=torch.tensor(draw(st.sampled_from([0.1, 1.0, 7.0])), dtype=torch.float64),
+        streams=Streams(
+            numbers(len(sublayers), width).double() * draw(st.sampled_from([0.0, 1.0, 100.0])),
+            torch.tensor(draw(st.sampled_from([0.1, 1.0, 7.0])), dtype=torch.float64),
+            readout,
+        ),
         answer=draw(st.integers(0, vocabulary - 1)),
         total=len(index),
         seed=0,
@@ -86,9 +89,9 @@ def _log_prob_by_hand(candidates: Candidates, number: int, *, with_stream: bool,
     readout = candidates.table.readout
     state = torch.zeros(readout.unembedding.shape[1], dtype=torch.float64)
     if with_stream:
-        state = state + candidates.stream[slot]
+        state = state + candidates.streams.states[slot]
     if with_neuron:
-        fold = candidates.table.folds[slot]
+        fold = candidates.table.post_weights[slot]
         vector = candidates.table.vectors[slot][row].double() * (1.0 if fold is None else fold.double())
         state = state + candidates.coefficient[number] * vector
     if readout.norm.centred:
@@ -146,8 +149,11 @@ def test_the_margin_covers_float32_at_the_size_of_real_models(sharpness: float) 
         row=torch.arange(total),
         position=torch.zeros(total, dtype=torch.long),
         coefficient=torch.randn(total, generator=generator, dtype=torch.float64),
-        stream=sharpness * torch.randn(1, width, generator=generator, dtype=torch.float64),
-        scale=torch.tensor(20.0, dtype=torch.float64),
+        streams=Streams(
+            sharpness * torch.randn(1, width, generator=generator, dtype=torch.float64),
+            torch.tensor(20.0, dtype=torch.float64),
+            readout,
+        ),
         answer=3,
         total=total,
         seed=0,
@@ -234,8 +240,11 @@ def _few_candidates(coefficient: Tensor, *, seed: int = 0, duplicate: bool = Fal
         row=torch.arange(total),
         position=torch.zeros(total, dtype=torch.long),
         coefficient=coefficient,
-        stream=numbers(1, width),
-        scale=torch.tensor(2.0, dtype=torch.float64),
+        streams=Streams(
+            numbers(1, width),
+            torch.tensor(2.0, dtype=torch.float64),
+            readout,
+        ),
         answer=3,
         total=total,
         seed=seed,
@@ -269,8 +278,11 @@ def test_a_probability_may_rise_from_below_what_float64_can_hold() -> None:
     candidates = replace(
         candidates,
         table=_table(vectors, readout),
-        stream=torch.tensor([[0.0, 800.0]], dtype=torch.float64),
-        scale=torch.tensor(1.0, dtype=torch.float64),
+        streams=Streams(
+            torch.tensor([[0.0, 800.0]], dtype=torch.float64),
+            torch.tensor(1.0, dtype=torch.float64),
+            readout,
+        ),
         answer=0,
     )
     selection = top_k(candidates, method_named("prob_increase", "ffn"), 1)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attribution.engine.importance import Candidates
+from attribution.engine.importance import Candidates, Streams
 from attribution.engine.vectors import VectorTable
 from attribution.experiments.controls import matched
 from attribution.models.anatomy import Readout
@@ -44,8 +44,11 @@ def _candidates(
         row=row,
         position=position,
         coefficient=coefficient.round() if rounded else coefficient,
-        stream=torch.zeros(len(sublayers), WIDTH, dtype=torch.float64),
-        scale=torch.ones((), dtype=torch.float64),
+        streams=Streams(
+            torch.zeros(len(sublayers), WIDTH, dtype=torch.float64),
+            torch.ones((), dtype=torch.float64),
+            readout,
+        ),
         answer=0,
         total=len(index),
         seed=draw,
