@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from attribution.claims.judge import Claim, Verdict, judge
+from attribution.claims.judge import Claim, Verdict, judge, judge_exact
+from attribution.claims.measured import Exact, Measured, NotApplicable
 from attribution.engine.ablation import outcomes
 from attribution.engine.batching import Progress, batches_of
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, worst
@@ -308,6 +309,33 @@ class Workbench:
             seed=seed,
         )
         return replace(verdict, note=note)
+
+    def verdict(self, claim: Claim, measured: Measured) -> Verdict:
+        """Judge a claim by what was measured for it.
+
+        If the claim does not apply to the method, the verdict only reports the reason. The claim is not asserted then,
+        and it is left out of stored runs: if a method stops scoring a unit, the gate finds the claim missing.
+
+        Args:
+            claim: The claim.
+            measured: Effects by prompt, one exact number, or why nothing was measured.
+        """
+        if isinstance(measured, NotApplicable):
+            unasked = replace(claim, asserted=False, gated=False)
+            return self.judge(unasked, [], places=[], note=f"not applicable: {measured.reason}")
+        if isinstance(measured, Exact):
+            exact = judge_exact(
+                claim, model=self.model.name, effect=measured.value, n=measured.prompts, facts=measured.facts
+            )
+            return replace(exact, seed=measured.seed, note=measured.note)
+        return self.judge(
+            claim,
+            measured.values,
+            baselines=measured.baselines,
+            places=measured.places,
+            seed=measured.seed,
+            note=measured.note,
+        )
 
     @cached_property
     def decomposition_errors(self) -> dict[str, float]:

@@ -20,8 +20,20 @@ from attribution.claims.about_methods.query_neurons import query_budget
 from attribution.claims.about_models import ablated, curves, layers, neurons, waking, words
 from attribution.claims.about_models.survey import Survey, depth, survey, survey_of
 from attribution.claims.bench import Workbench
-from attribution.claims.judge import Status
+from attribution.claims.judge import Status, Verdict
+from attribution.models.registry import KNOWLEDGE_FAMILIES
 from attribution.prompts.knowledge import CATEGORIES, load_knowledge
+
+# Tests are not a package, so this folder is on the path only while its module is imported.
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1]))
+    from suite import module, verdict_of
+
+ON_LAYERS, ON_NEURONS, ON_QUERIES = (module(f"test_{name}") for name in ("layers", "neurons", "queries"))
+LAYERS_RAISE = ON_LAYERS.test_layers_raise_the_answer_over_another
+LAYERS_LIE_DEEP = ON_LAYERS.test_top_layers_lie_in_the_deeper_half
+RELATED_SHARE = ON_LAYERS.test_related_categories_share_more_than_unrelated_ones
+RAISE_WORDS = ON_NEURONS.test_value_neurons_raise_words_of_their_category
 
 PROMPTS = 42
 # Nats: activations in float32 differ in their last digits by what else is in the batch.
@@ -80,7 +92,7 @@ def test_contributions_are_sums_of_the_layers_of_each_kind(bench: Workbench, fou
 
 
 def test_depth_of_top_layers_is_that_of_the_ranking(bench: Workbench, found: Survey) -> None:
-    verdict = layers.layers_lie_deep(bench, "color")
+    verdict = verdict_of(LAYERS_LIE_DEEP, bench, attribution_category="color")
     rankings = at.attribute(
         bench.model, [bench.prompts[found.places[row]] for row in found.of("color")], unit="layer", k=found.top_layers
     )
@@ -92,9 +104,9 @@ def test_depth_of_top_layers_is_that_of_the_ranking(bench: Workbench, found: Sur
 
 @pytest.mark.parametrize("part", layers.PARTS)
 def test_overlap_with_related_categories_by_sets(bench: Workbench, found: Survey, part: layers.Part) -> None:
-    verdict = layers.related_categories_share(bench, part)
+    verdict = verdict_of(RELATED_SHARE, bench, part=part)
     scores = found.layers if part == "layers" else found.heads
-    number = layers._number(found, part)
+    number = layers.top_number(found, part)
 
     def top(values: np.ndarray) -> set[int]:
         return set(np.argsort(-values, kind="stable")[:number].tolist())
@@ -112,12 +124,12 @@ def test_overlap_with_related_categories_by_sets(bench: Workbench, found: Survey
 
 
 def test_layers_do_not_contribute_to_answers_that_were_not_asked_for(bench: Workbench) -> None:
-    honest = layers.layers_contribute(bench, "ffn")
+    honest = verdict_of(LAYERS_RAISE, bench, kind="ffn")
     assert honest.status is Status.SUPPORTED or honest.n < honest.claim.min_prompts
     swapped = Workbench(bench.model, bench.knowledge, max_prompts=PROMPTS)
     swapped.known = [replace(prompt, answer=_swapped(bench)[prompt.text]) for prompt in bench.known]
     # What passes for the answer is another fact's; the control is then the answer of a third.
-    assert layers.layers_contribute(swapped, "ffn").effect < honest.effect / 2
+    assert verdict_of(LAYERS_RAISE, swapped, kind="ffn").effect < honest.effect / 2
 
 
 def _swapped(bench: Workbench) -> dict[str, str]:
@@ -229,8 +241,9 @@ def test_neurons_do_not_raise_the_words_of_another_category(bench: Workbench) ->
     exchanged["month"], exchanged["color"] = exchanged["color"], exchanged["month"]
     wrong = Workbench(bench.model, replace(bench.knowledge, words=exchanged), max_prompts=PROMPTS)
     wrong.known = bench.known
-    honest = words.neurons_raise_words_of_their_category(bench, "month", "ffn")
-    fooled = words.neurons_raise_words_of_their_category(wrong, "month", "ffn")
+    honest, fooled = (
+        verdict_of(RAISE_WORDS, each, attribution_category="month", kind="ffn") for each in (bench, wrong)
+    )
     assert honest.effect > 0.05 > fooled.effect
     assert fooled.status is not Status.SUPPORTED
 
@@ -332,27 +345,41 @@ def test_exhibits_are_plain_and_cover_every_category(bench: Workbench) -> None:
             assert set(each.to_frame()["category"]) == set(CATEGORIES)
 
 
-def test_without_known_prompts_every_claim_is_inconclusive(bench: Workbench) -> None:
+def _verdicts(bench: Workbench) -> list[Verdict]:
+    """One of each claim about models, but for the known facts."""
+    return [
+        verdict_of(LAYERS_RAISE, bench, kind="ffn"),
+        verdict_of(LAYERS_LIE_DEEP, bench, attribution_category="color"),
+        verdict_of(RELATED_SHARE, bench, part="heads"),
+        verdict_of(ON_NEURONS.test_few_neurons_carry_most_of_the_total, bench, kind="ffn"),
+        verdict_of(
+            ON_NEURONS.test_prompts_of_a_category_share_neurons, bench, attribution_category="color", side="value"
+        ),
+        verdict_of(ON_NEURONS.test_increase_of_probability_picks_deeper_neurons_than_that_of_log_probability, bench),
+        verdict_of(RAISE_WORDS, bench, attribution_category="color", kind="ffn"),
+        verdict_of(ON_QUERIES.test_attention_value_neurons_are_woken_by_lower_layers_than_ffn_ones, bench),
+        verdict_of(ON_QUERIES.test_query_neurons_that_are_no_value_neurons_lie_below_those_that_are, bench),
+        verdict_of(ON_QUERIES.test_a_piece_of_the_curve_is_nearly_a_line, bench, piece="logp"),
+    ]
+
+
+@pytest.fixture
+def of_nothing(bench: Workbench) -> list[Verdict]:
+    """Verdicts on a model that knows no prompt."""
     empty = Workbench(bench.model, bench.knowledge)
     empty.known = []
-    verdicts = [
-        layers.layers_contribute(empty, "ffn"),
-        layers.layers_lie_deep(empty, "color"),
-        layers.related_categories_share(empty, "heads"),
-        neurons.few_neurons_carry_most(empty, "ffn"),
-        neurons.prompts_share_neurons(empty, "color", "value"),
-        neurons.prob_increase_picks_deeper_neurons(empty),
-        words.neurons_raise_words_of_their_category(empty, "color", "ffn"),
-        waking.attention_value_neurons_are_woken_below_ffn_ones(empty),
-        waking.query_only_neurons_lie_shallower(empty),
-        curves.curve_is_straight(empty, "logp"),
-    ]
-    assert {each.status for each in verdicts} == {Status.INCONCLUSIVE}
-    assert all(each.n == 0 for each in verdicts)
+    return _verdicts(empty)
 
 
-def test_claims_belong_to_the_family_that_the_registry_names(bench: Workbench) -> None:
-    assert curves.curve_is_straight(bench, "logp").claim.family == "curves"
+def test_without_known_prompts_every_claim_is_inconclusive(of_nothing: list[Verdict]) -> None:
+    assert {each.status for each in of_nothing} == {Status.INCONCLUSIVE}
+    assert all(each.n == 0 for each in of_nothing)
+
+
+def test_claims_belong_to_the_families_that_the_registry_names(of_nothing: list[Verdict]) -> None:
+    assert {each.claim.family for each in of_nothing} == set(KNOWLEDGE_FAMILIES) - {"known facts"}
+    # Stored runs compare methods.
+    assert not any(each.claim.gated for each in of_nothing)
 
 
 def test_map_of_the_paper_names_what_exists() -> None:

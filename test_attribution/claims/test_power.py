@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -12,12 +13,17 @@ from scipy import stats
 import attribution as at
 from attribution.claims import error_rates as power
 from attribution.claims import judge as claims
-from attribution.claims.about_models import curves, layers, neurons, waking, words
+from attribution.claims.about_models import curves, layers, neurons
 from attribution.claims.bench import Workbench
 from attribution.claims.error_rates import error_rates
 from attribution.claims.judge import Claim, Evidence, Status
 from attribution.gate import stored_run as baselines
 from attribution.prompts.knowledge import CATEGORIES, load_knowledge
+
+# Tests are not a package, so this folder is on the path only while its module is imported.
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1]))
+    from suite import module, verdict_of
 
 FACTS, SAMPLES = 120, 400
 
@@ -158,17 +164,22 @@ def test_every_claim_of_the_suite_is_supported_in_at_most_5_percent_of_samples_w
 def test_claims_about_models_are_supported_in_at_most_5_percent_of_samples_where_they_are_false(model: str) -> None:
     """They belong to no baseline, so they are measured here: all that is surveyed but the sums over every neuron."""
     bench = Workbench(at.load(model), load_knowledge(), max_prompts=300)
-    verdicts = [
-        *(layers.layers_contribute(bench, kind) for kind in ("attention", "ffn")),
-        *(layers.layers_lie_deep(bench, category) for category in CATEGORIES),
-        *(layers.related_categories_share(bench, part) for part in layers.PARTS),
-        *(neurons.prompts_share_neurons(bench, *which) for which in product(CATEGORIES, neurons.SIDES)),
-        *(words.neurons_raise_words_of_their_category(bench, each, "ffn") for each in CATEGORIES),
-        neurons.prob_increase_picks_deeper_neurons(bench),
-        waking.attention_value_neurons_are_woken_below_ffn_ones(bench),
-        waking.query_only_neurons_lie_shallower(bench),
-        *(curves.curve_is_straight(bench, piece) for piece in curves.PIECES),
-    ]
+    on_layers, on_neurons, on_queries = (module(f"test_{name}") for name in ("layers", "neurons", "queries"))
+    categories = [{"attribution_category": category} for category in CATEGORIES]
+    asked: dict[Callable[..., None], list[dict[str, str]]] = {
+        on_layers.test_layers_raise_the_answer_over_another: [{"kind": kind} for kind in ("attention", "ffn")],
+        on_layers.test_top_layers_lie_in_the_deeper_half: categories,
+        on_layers.test_related_categories_share_more_than_unrelated_ones: [{"part": part} for part in layers.PARTS],
+        on_neurons.test_prompts_of_a_category_share_neurons: [
+            {**each, "side": side} for each, side in product(categories, neurons.SIDES)
+        ],
+        on_neurons.test_value_neurons_raise_words_of_their_category: [{**each, "kind": "ffn"} for each in categories],
+        on_neurons.test_increase_of_probability_picks_deeper_neurons_than_that_of_log_probability: [{}],
+        on_queries.test_attention_value_neurons_are_woken_by_lower_layers_than_ffn_ones: [{}],
+        on_queries.test_query_neurons_that_are_no_value_neurons_lie_below_those_that_are: [{}],
+        on_queries.test_a_piece_of_the_curve_is_nearly_a_line: [{"piece": piece} for piece in curves.PIECES],
+    }
+    verdicts = [verdict_of(test, bench, **each) for test, parameters in asked.items() for each in parameters]
     rates = {each.claim.id: power.rates_of(each, samples=SAMPLES) for each in verdicts}
     assert len(rates) == 33
     assert {name: each.false_positive for name, each in rates.items() if each.false_positive > power.LIMIT} == {}

@@ -35,6 +35,13 @@ from attribution.models.registry import registry
 from attribution.prompts.knowledge import Knowledge
 from attribution.resources import fixtures_folder
 
+# Tests are not a package, so this folder is on the path only while its module is imported.
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1]))
+    from suite import module, verdict_of
+
+AGREES = module("test_published").test_engine_computes_what_the_notebook_printed
+
 Tensor = torch.Tensor
 
 # Numbers of what is printed, small enough for models of a hundred neurons.
@@ -623,13 +630,13 @@ def test_a_section_is_one_claim_that_can_be_refuted(
     bench, figures = printed(ours)
     bench = _named(bench, name)
     monkeypatch.setattr(sections, "figures_of", lambda model: {name: figures}[model])
-    verdict = sections.agrees_with_the_notebook(bench, "heads")
+    verdict = verdict_of(AGREES, bench, section="heads")
     assert (verdict.status, verdict.claim.source) == (Status.SUPPORTED, "notebook cell 6")
     assert verdict.claim.asserted
     assert not verdict.claim.gated
-    assert sections.agrees_with_the_notebook(bench, "counts_by_layer").claim.source == "notebook cells 10, 12, 17"
+    assert verdict_of(AGREES, bench, section="counts_by_layer").claim.source == "notebook cells 10, 12, 17"
     figures = _put(figures, ("heads", "scores", 0, 1), figures["heads"]["scores"][0][1] + 3e-4)
-    verdict = sections.agrees_with_the_notebook(bench, "heads")
+    verdict = verdict_of(AGREES, bench, section="heads")
     assert verdict.status is Status.REFUTED
     assert "score of head" in verdict.note
 
@@ -637,7 +644,7 @@ def test_a_section_is_one_claim_that_can_be_refuted(
 def test_a_model_without_a_notebook_is_an_error(printed: Callable[[str], Printed]) -> None:
     bench, _ = printed("gpt2")
     with pytest.raises(at.AttributionError, match="no notebook printed 'heads' for the model"):
-        sections.agrees_with_the_notebook(bench, "heads")
+        verdict_of(AGREES, bench, section="heads")
 
 
 # The published figures themselves.

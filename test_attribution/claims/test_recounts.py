@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from attribution.claims.about_the_engine import by_hand, known_truths, recounts
+from attribution.claims.about_the_engine import by_hand, recounts
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Fact, Knowledge
-from attribution.records import Unit
 
+# Tests are not a package, so this folder is on the path only while its module is imported.
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1]))
+    from suite import module, verdict_of
+
+DEFINITIONS = module("test_definitions")
 # Of different lengths, so that one of them is padded.
 KNOWLEDGE = Knowledge(
     (
@@ -22,40 +29,41 @@ KNOWLEDGE = Knowledge(
     ),
     {},
 )
+
+
+def _claim(test: Callable[..., None], **parameters: Any) -> Callable[[Workbench], Verdict]:
+    return lambda bench: verdict_of(test, bench, **parameters)
+
+
 CLAIMS: dict[str, Callable[[Workbench], Verdict]] = {
-    "judge": known_truths.judge_gives_known_verdicts,
-    "metrics": known_truths.metrics_give_known_outcomes,
-    "query": recounts.query_scores_follow_their_definition,
-    "controls": recounts.controls_are_drawn_as_stated,
+    "judge": _claim(DEFINITIONS.test_numbers_with_a_known_truth_get_the_verdicts_that_they_should),
+    "metrics": _claim(DEFINITIONS.test_logits_with_a_known_answer_are_measured_right),
+    "query": _claim(DEFINITIONS.test_query_scores_are_what_they_are_defined_to_be),
+    "controls": _claim(DEFINITIONS.test_controls_are_drawn_as_stated),
+    **{
+        f"{name} {value}": _claim(test, **{parameter: value})
+        for name, test, parameter, values in (
+            ("scores of", DEFINITIONS.test_scores_are_what_they_are_defined_to_be, "unit", recounts.SCORED_UNITS),
+            ("top", DEFINITIONS.test_rankings_leave_nothing_better_out, "unit", recounts.SEARCHED_UNITS),
+            ("ablation", DEFINITIONS.test_ablation_is_what_hooks_on_the_plain_model_do, "kind", by_hand.ABLATIONS),
+            (
+                "scores by",
+                DEFINITIONS.test_backward_passes_say_what_gradients_of_the_plain_model_say,
+                "method",
+                by_hand.BACKWARD,
+            ),
+        )
+        for value in values
+    },
 }
-
-
-def _scores(unit: Unit) -> Callable[[Workbench], Verdict]:
-    return lambda bench: recounts.scores_follow_their_definition(bench, unit)
-
-
-def _top(unit: Unit) -> Callable[[Workbench], Verdict]:
-    return lambda bench: recounts.top_neurons_are_the_top(bench, unit)
-
-
-def _ablation(kind: str) -> Callable[[Workbench], Verdict]:
-    return lambda bench: by_hand.ablation_is_what_hooks_do(bench, kind)
-
-
-def _backward(method: str) -> Callable[[Workbench], Verdict]:
-    return lambda bench: by_hand.backward_passes_are_what_hooks_find(bench, method)
-
-
-CLAIMS |= {f"scores of {unit}": _scores(unit) for unit in recounts.SCORED_UNITS}
-CLAIMS |= {f"top {unit}": _top(unit) for unit in recounts.SEARCHED_UNITS}
-CLAIMS |= {f"ablation {kind}": _ablation(kind) for kind in by_hand.ABLATIONS}
-CLAIMS |= {f"scores by {method}": _backward(method) for method in by_hand.BACKWARD}
 
 
 def _bench(model: Model, *, known: bool) -> Workbench:
     bench = Workbench(model, KNOWLEDGE)
     # Random models know nothing; what is counted here does not depend on knowledge.
     bench.__dict__["known"] = list(KNOWLEDGE.prompts) if known else []
+    # Otherwise a bench that knows too little is replaced by one that asks all prompts.
+    bench.__dict__["of_the_engine"] = bench
     return bench
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,17 @@ from attribution.engine.ranking import all_candidates
 from attribution.engine.trace import read_activations
 from attribution.models.anatomy import resolve
 from attribution.prompts.knowledge import Knowledge
+
+# Tests are not a package, so this folder is on the path only while its module is imported.
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1]))
+    from suite import module, verdict_of
+
+ON_SINGLE = module("test_single_neurons")
+TOTAL = ON_SINGLE.test_importance_predicts_the_total_effect_of_single_neurons
+DIRECT = ON_SINGLE.test_importance_beside_the_direct_effect_of_single_neurons
+BY_ANOTHER = ON_SINGLE.test_other_scores_beside_the_total_effect_of_single_neurons
+SELF_REPAIR = ON_SINGLE.test_later_layers_make_up_for_a_part_of_the_top_10
 
 SUBJECTS = ("France", "Italy", "cherry", "dog", "legs", "number", "ripe", "capital")
 ANSWERS = (" Paris", " Rome", " four", " red")
@@ -230,24 +242,31 @@ def test_rank_correlation_is_spearmans() -> None:
     assert rank_correlation(np.arange(5.0), np.ones(5)) == 0
 
 
-@pytest.mark.parametrize("effect", single_neurons.EFFECTS)
-@pytest.mark.parametrize("scored_by", [None, "coefficient"])
+@pytest.mark.parametrize(
+    ("test", "effect", "scored_by"),
+    [(TOTAL, "total", METHOD), (DIRECT, "direct", METHOD), (BY_ANOTHER, "total", "coefficient")],
+    ids=["total", "direct", "by coefficient"],
+)
 def test_effect_of_the_claim_is_the_mean_correlation(
-    bench: Workbench, samples: list[single_neurons.Sample], effect: str, scored_by: str | None
+    bench: Workbench,
+    samples: list[single_neurons.Sample],
+    test: Callable[..., None],
+    effect: str,
+    scored_by: str,
 ) -> None:
-    verdict = single_neurons.predicts_effect(bench, METHOD, effect, scored_by)
-    expected = [stats.spearmanr(each.scores[scored_by or METHOD], getattr(each, effect)).statistic for each in samples]
+    verdict = verdict_of(test, bench, **({"score": scored_by} if scored_by != METHOD else {}))
+    expected = [stats.spearmanr(each.scores[scored_by], getattr(each, effect)).statistic for each in samples]
     assert verdict.evidence is not None
     assert list(verdict.evidence.effects) == pytest.approx(expected)
     assert verdict.effect == pytest.approx(np.mean(expected))
-    assert verdict.claim.asserted == (effect == "total" and scored_by is None)
+    assert verdict.claim.asserted == (test is TOTAL)
     assert verdict.n == len(PROMPTS)
 
 
 def test_self_repair_is_where_direct_effects_of_the_top_10_exceed_the_total_ones(
     bench: Workbench, samples: list[single_neurons.Sample]
 ) -> None:
-    verdict = single_neurons.self_repair(bench, METHOD)
+    verdict = verdict_of(SELF_REPAIR, bench)
     assert verdict.evidence is not None
     assert list(verdict.evidence.effects) == [sum(each.direct[:10]) > sum(each.total[:10]) for each in samples]
     direct, total = (
@@ -280,7 +299,7 @@ def _faked(
     monkeypatch.setitem(METHODS, "by_place", Method("by_place", _by_place, ("ffn",), "a test"))
     monkeypatch.setattr(single_neurons, "outcomes", outcomes)
     monkeypatch.setattr(single_neurons, "direct_effects", direct_effects)
-    monkeypatch.setattr(single_neurons, "MIN_PROMPTS", len(PROMPTS))
+    monkeypatch.setattr(ON_SINGLE, "MIN_PROMPTS", len(PROMPTS))
     return bench
 
 
@@ -307,16 +326,16 @@ def test_importance_that_does_not_predict_an_effect_is_refuted(
     # So few prompts decide nothing if one more may be the worst there can be.
     monkeypatch.setattr(claims, "with_one_more", lambda one, other, level, *_: claims.bootstrap(one, other, level))
     total = _faked(loaded("gpt2"), monkeypatch, effect_of, float)
-    assert single_neurons.predicts_effect(total, "by_place").status is status
-    assert single_neurons.predicts_effect(total, "by_place", "direct").status is Status.SUPPORTED
+    assert verdict_of(TOTAL, total, attribution_method="by_place").status is status
+    assert verdict_of(DIRECT, total, attribution_method="by_place").status is Status.SUPPORTED
     direct = _faked(loaded("gpt2"), monkeypatch, float, effect_of)
-    assert single_neurons.predicts_effect(direct, "by_place").status is Status.SUPPORTED
-    assert single_neurons.predicts_effect(direct, "by_place", "direct").status is status
+    assert verdict_of(TOTAL, direct, attribution_method="by_place").status is Status.SUPPORTED
+    assert verdict_of(DIRECT, direct, attribution_method="by_place").status is status
 
 
 def test_random_scores_predict_nothing(loaded: Callable[[str], at.Model], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = _faked(loaded("gpt2"), monkeypatch, float, float)
-    verdict = single_neurons.predicts_effect(bench, "by_place", scored_by="random")
+    verdict = verdict_of(BY_ANOTHER, bench, attribution_method="by_place", score="random")
     # The mean of 8 correlations over 30 neurons: a standard error of 1 / sqrt(8 * 27).
     assert abs(verdict.effect) < 4 / (len(PROMPTS) * 27) ** 0.5
     assert not verdict.claim.asserted
@@ -332,7 +351,7 @@ def test_self_repair_has_the_sign_of_what_later_layers_give_back(
     def total(place: int) -> float:
         return place - (repaired if place >= top else 100.0)
 
-    verdict = single_neurons.self_repair(_faked(loaded("gpt2"), monkeypatch, total, float), "by_place")
+    verdict = verdict_of(SELF_REPAIR, _faked(loaded("gpt2"), monkeypatch, total, float), attribution_method="by_place")
     assert verdict.status is status
     assert verdict.effect == (repaired > 0)
 
@@ -340,10 +359,10 @@ def test_self_repair_has_the_sign_of_what_later_layers_give_back(
 def test_model_that_knows_nothing_is_short_of_prompts(model: at.Model) -> None:
     bench = _bench(model, [])
     verdicts = [
-        single_neurons.predicts_effect(bench, METHOD),
-        single_neurons.predicts_effect(bench, METHOD, "direct"),
-        single_neurons.predicts_effect(bench, METHOD, scored_by="random"),
-        single_neurons.self_repair(bench, METHOD),
+        verdict_of(TOTAL, bench),
+        verdict_of(DIRECT, bench),
+        verdict_of(BY_ANOTHER, bench, score="random"),
+        verdict_of(SELF_REPAIR, bench),
     ]
     assert [(each.status, each.n, each.needed) for each in verdicts] == [(Status.INCONCLUSIVE, 0, 50)] * 4
 
@@ -351,9 +370,7 @@ def test_model_that_knows_nothing_is_short_of_prompts(model: at.Model) -> None:
 def test_method_that_scores_no_ffn_neurons_is_not_asserted(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     other = replace(METHODS[METHOD], name="attention_only", units=("attention",))
     monkeypatch.setitem(METHODS, "attention_only", other)
-    for verdict in (
-        single_neurons.predicts_effect(bench, "attention_only"),
-        single_neurons.self_repair(bench, "attention_only"),
-    ):
+    for test in (TOTAL, SELF_REPAIR):
+        verdict = verdict_of(test, bench, attribution_method="attention_only")
         assert not verdict.claim.asserted
-        assert NO_FFN in verdict.note
+        assert NO_FFN.reason in verdict.note

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,24 @@ from attribution.models.registry import METHOD_FAMILIES
 from attribution.prompts.knowledge import CATEGORIES, Knowledge, Prompt
 from attribution.records import AttentionNeuron, Component, FFNNeuron
 
+# Tests are not a package, so this folder is on the path only while its module is imported.
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1]))
+    from suite import module, verdict_of
+
 Claimed = Callable[[Workbench, str], Verdict]
+
+ON_QUERIES, ON_FACTS, ON_KEPT = (module(f"test_{name}") for name in ("query_neurons", "specificity", "sufficiency"))
+QUERIES_AND_RANDOM = ON_QUERIES.test_zeroing_query_neurons_hurts_more_than_zeroing_random_ones
+QUERIES_AND_LAYERS = ON_QUERIES.test_query_neurons_beside_others_of_the_same_layers
+QUERIES_CUT = ON_QUERIES.test_what_query_neurons_take_beside_the_papers
+RANDOM_HAVE_NO_EFFECT = ON_QUERIES.test_zeroing_as_many_random_ffn_neurons_has_no_effect
+HURT_THEIR_FACT = ON_FACTS.test_zeroing_a_facts_neurons_hurts_it_more_than_an_unrelated_fact
+OTHERS_STAY = ON_FACTS.test_zeroing_a_facts_neurons_leaves_unrelated_facts_alone
+HURT_THEIR_CATEGORY = ON_FACTS.test_zeroing_the_heads_of_a_category_hurts_it_more_than_zeroing_unrelated_ones
+RELATED_HEADS = ON_FACTS.test_what_heads_of_related_categories_take_beside_the_papers
+KEEP_MORE = ON_KEPT.test_keeping_the_top_neurons_keeps_more_than_keeping_random_ones
+SHARES_KEEP = ON_KEPT.test_what_each_share_of_the_neurons_keeps
 
 PROMPTS = [
     *(
@@ -45,27 +63,28 @@ OTHER = "output_norm"
 # Logits of size up to about 30 in float32, summed in another order over some hundred terms: 30 * eps * sqrt(300) is
 # 6e-5 nats.
 ROUNDING = 1e-4
-# Every claim of the three modules, as a function of workbench and method.
+# Every claim of the three files, as a function of workbench and method.
 CLAIMS: dict[str, Claimed] = {
-    **{
-        f"{function.__name__} {metric}": lambda bench, method, function=function, metric=metric: function(
-            bench, method, metric
-        )
-        for function, metrics in (
-            (query_neurons.query_neurons_beat_random_ones, ("mrr", "prob", "logp")),
-            (query_neurons.query_neurons_beat_those_of_the_same_layers, ("mrr", "prob", "logp")),
-            (query_neurons.query_neurons_cut, ("mrr", "prob")),
-            (specificity.neurons_hurt_their_fact_most, specificity.SETS),
-            (specificity.unrelated_facts_stay, specificity.VALUE_SETS),
-            (specificity.heads_hurt_their_category_most, ("mrr", "logp")),
-            (specificity.heads_of_related_categories_hurt_more, ("mrr", "prob")),
-            (sufficiency.top_neurons_keep_more_than_random_ones, ("mrr", "prob", "logp")),
-            (sufficiency.top_neurons_keep_more_than_their_share, ("mrr", "prob")),
-        )
-        for metric in metrics
-    },
-    "random": lambda bench, method: query_neurons.random_ffn_neurons_have_no_effect(bench, method, 0, "mrr"),
+    f"{name} {value}": lambda bench, method, test=test, asked=asked: verdict_of(
+        test, bench, attribution_method=method, **asked
+    )
+    for name, test, parameter, values in (
+        ("query neurons and random ones", QUERIES_AND_RANDOM, "metric", ("mrr", "prob", "logp")),
+        ("query neurons and others of their layers", QUERIES_AND_LAYERS, "metric", ("mrr", "prob", "logp")),
+        ("query neurons cut", QUERIES_CUT, "metric", ("mrr", "prob")),
+        ("neurons hurt their fact", HURT_THEIR_FACT, "chosen", ON_FACTS.SETS),
+        ("unrelated facts stay", OTHERS_STAY, "chosen", ON_FACTS.VALUE_SETS),
+        ("heads hurt their category", HURT_THEIR_CATEGORY, "metric", ("mrr", "logp")),
+        ("heads of related categories", RELATED_HEADS, "metric", ("mrr", "prob")),
+        ("top neurons keep more than random ones", KEEP_MORE, "metric", ("mrr", "prob", "logp")),
+        ("top neurons keep their share", SHARES_KEEP, "metric", ("mrr", "prob")),
+    )
+    for value in values
+    for asked in ({parameter: value},)
 }
+CLAIMS["random"] = lambda bench, method: verdict_of(
+    RANDOM_HAVE_NO_EFFECT, bench, attribution_method=method, metric="mrr", seed=0
+)
 
 
 def _bench(model: at.Model, prompts: Sequence[Prompt]) -> Workbench:
@@ -135,7 +154,7 @@ def test_query_neurons_are_compared_with_random_ones_by_what_edited_weights_leav
     bench: Workbench, metric: str, method: str
 ) -> None:
     assert query_neurons.query_budget(bench) == 7, "5% of 3 layers of 48"
-    verdict = query_neurons.query_neurons_beat_random_ones(bench, method, metric)
+    verdict = verdict_of(QUERIES_AND_RANDOM, bench, attribution_method=method, metric=metric)
     expected = []
     for place in range(len(PROMPTS)):
         drawn = _best(bench, place, "ffn", 7, "random").neurons
@@ -148,7 +167,7 @@ def test_query_neurons_are_compared_with_random_ones_by_what_edited_weights_leav
 
 @pytest.mark.parametrize("metric", ["mrr", "prob"])
 def test_what_query_neurons_cut_is_a_share_of_the_plain_models_mean(bench: Workbench, metric: str) -> None:
-    verdict = query_neurons.query_neurons_cut(bench, METHOD, metric)
+    verdict = verdict_of(QUERIES_CUT, bench, metric=metric)
     before = [getattr(_outcome_without(bench, place, []), metric) for place in range(len(PROMPTS))]
     after = [getattr(_outcome_without(bench, place, _queries(bench, place)), metric) for place in range(len(PROMPTS))]
     assert verdict.effect == pytest.approx(1 - sum(after) / sum(before), abs=ROUNDING)
@@ -156,13 +175,13 @@ def test_what_query_neurons_cut_is_a_share_of_the_plain_models_mean(bench: Workb
 
 
 def test_random_ffn_neurons_are_those_that_query_neurons_are_compared_with(bench: Workbench) -> None:
-    verdict = query_neurons.random_ffn_neurons_have_no_effect(bench, METHOD, 0, "prob")
+    verdict = verdict_of(RANDOM_HAVE_NO_EFFECT, bench, metric="prob", seed=0)
     before, after = [], []
     for place in range(len(PROMPTS)):
         before.append(_outcome_without(bench, place, []).prob)
         after.append(_outcome_without(bench, place, _best(bench, place, "ffn", 7, "random").neurons).prob)
     assert verdict.effect == pytest.approx(1 - sum(after) / sum(before), abs=ROUNDING)
-    other = query_neurons.random_ffn_neurons_have_no_effect(bench, METHOD, 1, "prob")
+    other = verdict_of(RANDOM_HAVE_NO_EFFECT, bench, metric="prob", seed=1)
     assert _effects(other) != pytest.approx(_effects(verdict), abs=ROUNDING)
 
 
@@ -174,7 +193,7 @@ def test_controls_of_the_same_layers_are_others_and_as_many_of_each(
     monkeypatch.setattr(
         query_neurons, "outcomes", lambda model, asked, neurons: seen.append(neurons) or outcomes(model, asked, neurons)
     )
-    query_neurons.query_neurons_beat_those_of_the_same_layers(bench, METHOD, "logp")
+    verdict_of(QUERIES_AND_LAYERS, bench, metric="logp")
     chosen, controls = seen
     assert chosen == [_queries(bench, place) for place in range(len(PROMPTS))]
     for own, others in zip(chosen, controls, strict=True):
@@ -193,9 +212,9 @@ def test_claims_on_query_neurons_fail_with_neurons_that_wake_nothing(
 ) -> None:
     bench = trained_bench
     judged = {
-        "random": lambda each: query_neurons.query_neurons_beat_random_ones(each, METHOD, "logp"),
-        "same layers": lambda each: query_neurons.query_neurons_beat_those_of_the_same_layers(each, METHOD, "logp"),
-        "cut": lambda each: query_neurons.query_neurons_cut(each, METHOD, "mrr"),
+        "random": lambda each: verdict_of(QUERIES_AND_RANDOM, each, metric="logp"),
+        "same layers": lambda each: verdict_of(QUERIES_AND_LAYERS, each, metric="logp"),
+        "cut": lambda each: verdict_of(QUERIES_CUT, each, metric="mrr"),
     }
     assert [_status(judge(bench)) for judge in judged.values()][:2] == [Status.SUPPORTED] * 2
     rng = np.random.default_rng(0)
@@ -215,12 +234,15 @@ def test_random_neurons_that_are_not_random_are_found_to_have_an_effect(
     trained_bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So few prompts show the absence of large effects only.
-    monkeypatch.setattr(query_neurons, "MARGIN", 0.4)
-    judged = query_neurons.random_ffn_neurons_have_no_effect
-    assert _status(judged(trained_bench, METHOD, 0, "prob")) is Status.SUPPORTED
+    monkeypatch.setattr(ON_QUERIES, "MARGIN", 0.4)
+
+    def judged(bench: Workbench) -> Verdict:
+        return verdict_of(RANDOM_HAVE_NO_EFFECT, bench, metric="prob", seed=0)
+
+    assert _status(judged(trained_bench)) is Status.SUPPORTED
     monkeypatch.setitem(METHODS, "random", replace(METHODS[METHOD], name="random"))
     fresh = _bench(trained_bench.model, trained_bench.known)
-    assert _status(judged(fresh, METHOD, 0, "prob")) is not Status.SUPPORTED
+    assert _status(judged(fresh)) is not Status.SUPPORTED
 
 
 # Facts
@@ -258,29 +280,29 @@ def test_a_prompt_is_compared_with_itself_without_the_neurons_of_its_partner(
 
     own = [left(place, place) for place in range(len(PROMPTS))]
     partners = [left(place, pairs[place]) for place in range(len(PROMPTS))]
-    hurt = specificity.neurons_hurt_their_fact_most(bench, method, chosen)
+    hurt = verdict_of(HURT_THEIR_FACT, bench, attribution_method=method, chosen=chosen)
     assert _effects(hurt) == pytest.approx(
         [two.logp - one.logp for one, two in zip(own, partners, strict=True)], abs=ROUNDING
     )
     before = [_outcome_without(bench, place, []).mrr for place in range(len(PROMPTS))]
-    stay = specificity.unrelated_facts_stay(bench, method, chosen)
+    stay = verdict_of(OTHERS_STAY, bench, attribution_method=method, chosen=chosen)
     assert stay.effect == pytest.approx(1 - sum(each.mrr for each in partners) / sum(before), abs=ROUNDING)
     fall = 1 - sum(each.mrr for each in own) / sum(before)
     assert stay.note == f"their own fact's falls by {fall:.0%}"
 
 
-@pytest.mark.parametrize("chosen", specificity.SETS)
+@pytest.mark.parametrize("chosen", ON_FACTS.SETS)
 def test_claims_on_facts_fail_with_neurons_that_are_not_specific(
     trained_bench: Workbench, monkeypatch: pytest.MonkeyPatch, chosen: str
 ) -> None:
-    intact = specificity.neurons_hurt_their_fact_most(trained_bench, METHOD, chosen)
+    intact = verdict_of(HURT_THEIR_FACT, trained_bench, chosen=chosen)
     assert _status(intact) is Status.SUPPORTED
     # What is said to be a stranger's is a prompt's own: the same neurons on either side.
     monkeypatch.setattr(specificity, "strangers", lambda of, *_: {place: place for place in range(len(of))})
     fresh = _bench(trained_bench.model, trained_bench.known)
-    assert _status(specificity.neurons_hurt_their_fact_most(fresh, METHOD, chosen)) is Status.REFUTED
+    assert _status(verdict_of(HURT_THEIR_FACT, fresh, chosen=chosen)) is Status.REFUTED
     if chosen == "value neurons":
-        assert _status(specificity.unrelated_facts_stay(fresh, METHOD, chosen)) is Status.REFUTED
+        assert _status(verdict_of(OTHERS_STAY, fresh, chosen=chosen)) is Status.REFUTED
 
 
 # Heads
@@ -352,10 +374,10 @@ def test_heads_of_a_category_are_compared_with_those_of_unrelated_ones_only(
 ) -> None:
     _known_heads(monkeypatch, bench, {"own": 0.125, "related": 0.25, "unrelated": 0.75})
     for metric in ("mrr", "logp"):
-        verdict = specificity.heads_hurt_their_category_most(bench, METHOD, metric)
+        verdict = verdict_of(HURT_THEIR_CATEGORY, bench, metric=metric)
         assert _effects(verdict) == pytest.approx([0.625] * len(PROMPTS))
         assert _status(verdict) is Status.SUPPORTED
-    verdict = specificity.heads_of_related_categories_hurt_more(bench, METHOD, "prob")
+    verdict = verdict_of(RELATED_HEADS, bench, metric="prob")
     assert verdict.effect == 0.5
     assert verdict.n == 5, "three capitals and two countries"
     assert verdict.note.startswith("cuts own 88%, related 75%, unrelated 25%;")
@@ -367,12 +389,12 @@ def test_claims_on_heads_fail_with_the_heads_of_another_category(
 ) -> None:
     # Two on: capital has the heads of color, country those of number, and the other way round.
     _known_heads(monkeypatch, bench, {"own": 0.125, "related": 0.125, "unrelated": 0.75}, shift=2)
-    assert _status(specificity.heads_hurt_their_category_most(bench, METHOD, "mrr")) is Status.REFUTED
-    assert _status(specificity.heads_of_related_categories_hurt_more(bench, METHOD, "mrr")) is Status.REFUTED
+    assert _status(verdict_of(HURT_THEIR_CATEGORY, bench, metric="mrr")) is Status.REFUTED
+    assert _status(verdict_of(RELATED_HEADS, bench, metric="mrr")) is Status.REFUTED
 
 
 def test_zeroed_heads_leave_what_edited_weights_leave(bench: Workbench) -> None:
-    verdict = specificity.heads_hurt_their_category_most(bench, METHOD, "logp")
+    verdict = verdict_of(HURT_THEIR_CATEGORY, bench, metric="logp")
     scores = np.stack(
         [
             [
@@ -428,13 +450,13 @@ def _recorded(
     def remembered(found: Any, questions: Any, *arguments: Any) -> Any:
         masks = kept(found, questions, *arguments)
         for unit, mask in masks.items():
-            shaped = mask.unflatten(0, (len(questions), 2, len(sufficiency.SHARES)))
+            shaped = mask.unflatten(0, (len(questions), 2, len(ON_KEPT.SHARES)))
             for question, own in zip(questions, shaped, strict=True):
                 kept_of.setdefault(question.text, {})[unit] = own
         return masks
 
     monkeypatch.setattr(sufficiency, "_kept", remembered)
-    return sufficiency._left(bench, method, units), kept_of
+    return sufficiency._left(bench, method, units, ON_KEPT.SHARES), kept_of
 
 
 def _records(model: at.Model, unit: str, mask: Any) -> list[Component]:
@@ -456,7 +478,7 @@ def test_what_is_kept_leaves_what_ablating_all_others_leaves(
         place = bench.part(6)[row]
         masks = kept[bench.prompts[place].text]
         assert set(masks) == set(units)
-        for variant in itertools.product(range(2), range(len(sufficiency.SHARES))):
+        for variant in itertools.product(range(2), range(len(ON_KEPT.SHARES))):
             lost = [record for unit in units for record in _records(bench.model, unit, ~masks[unit][variant])]
             logits = at.ablate(bench.model, bench.prompts[place], lost, kind="mean", reference=bench.prompts)
             expected = at.measure(logits, bench.questions[place].answer_id)
@@ -471,7 +493,7 @@ def test_method_and_chance_keep_as_many_and_larger_shares_hold_smaller_ones(
     _, kept = _recorded(monkeypatch, bench, ("attention", "ffn"), method)
     for place in bench.part(6):
         for unit, mask in kept[bench.prompts[place].text].items():
-            numbers = [round(share * mask.shape[-1]) for share in sufficiency.SHARES]
+            numbers = [round(share * mask.shape[-1]) for share in ON_KEPT.SHARES]
             assert mask.sum(-1).tolist() == [numbers, numbers]
             assert (mask[:, :-1] <= mask[:, 1:]).all()
             size = bench.model.anatomy.head_dim
@@ -492,10 +514,10 @@ def test_sufficiency_is_the_mean_over_shares_of_what_the_method_keeps_and_chance
     left = dict.fromkeys(("mrr", "prob", "logp"), before[:, None, None] * curve)
     monkeypatch.setattr(sufficiency, "_left", lambda *arguments: left)
     bench.__dict__["before"] = dict.fromkeys(left, before)
-    verdict = sufficiency.top_neurons_keep_more_than_random_ones(bench, METHOD, "prob")
+    verdict = verdict_of(KEEP_MORE, bench, metric="prob")
     assert _effects(verdict) == pytest.approx((0.4 - 0.1) * before)
     assert _status(verdict) is Status.SUPPORTED
-    reported = sufficiency.top_neurons_keep_more_than_their_share(bench, METHOD, "prob")
+    reported = verdict_of(SHARES_KEEP, bench, metric="prob")
     assert reported.effect == pytest.approx(0.4)
     assert reported.claim.threshold == pytest.approx(0.2125)
     assert reported.note.startswith("kept, at random: 5% of neurons 0.10, 0.00; 10% of neurons 0.20, 0.00;")
@@ -503,9 +525,9 @@ def test_sufficiency_is_the_mean_over_shares_of_what_the_method_keeps_and_chance
     left.update(dict.fromkeys(left, before[:, None, None] * curve))
     fresh = _bench(bench.model, PROMPTS)
     fresh.__dict__["before"] = dict.fromkeys(left, before)
-    assert _status(sufficiency.top_neurons_keep_more_than_random_ones(fresh, METHOD, "prob")) is Status.REFUTED
+    assert _status(verdict_of(KEEP_MORE, fresh, metric="prob")) is Status.REFUTED
     # So few prompts cannot refute what another one might keep whole.
-    share = sufficiency.top_neurons_keep_more_than_their_share(fresh, METHOD, "prob")
+    share = verdict_of(SHARES_KEEP, fresh, metric="prob")
     assert _status(share) is not Status.SUPPORTED
     assert share.effect < share.claim.threshold
 
@@ -514,9 +536,9 @@ def test_claim_of_sufficiency_fails_for_neurons_drawn_at_random(
     trained_bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sufficiency, "PROMPTS", 8)
-    judged = sufficiency.top_neurons_keep_more_than_random_ones
-    assert _status(judged(trained_bench, METHOD, "logp")) is Status.SUPPORTED
-    assert _status(judged(trained_bench, "random", "logp")) is not Status.SUPPORTED
+    assert _status(verdict_of(KEEP_MORE, trained_bench, metric="logp")) is Status.SUPPORTED
+    drawn = verdict_of(KEEP_MORE, trained_bench, attribution_method="random", metric="logp")
+    assert _status(drawn) is not Status.SUPPORTED
 
 
 # All of them
@@ -552,11 +574,11 @@ def test_claims_on_what_a_method_does_not_score_are_reported_as_such(
             assert verdict.note.startswith("not applicable: the method does not score")
             assert not verdict.claim.asserted
             assert not verdict.claim.gated
-    query = {name for name in CLAIMS if name.startswith("query")}
+    query = {name for name in CLAIMS if "query" in name}
     heads = {name for name in CLAIMS if name.startswith("heads")}
     top = {name for name in CLAIMS if name.endswith("top 10")}
     assert silent == {
-        "only ffn": query | heads | {"neurons_hurt_their_fact_most query neurons"},
+        "only ffn": query | heads,
         "only attention": heads | top,
         "only layers": set(CLAIMS) - {"random"},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,6 @@ from torch import Tensor
 
 import attribution as at
 from attribution.claims.about_methods.common import METHOD
-from attribution.claims.about_methods.planted import (
-    STRENGTHS,
-    both_ends_of_a_chain_are_found,
-    chain_breaks_at_its_query_neuron,
-    is_found,
-    is_undone,
-    recovery,
-)
 from attribution.claims.about_methods.plants import KINDS, Kind, planting_of, task_of
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict
@@ -44,6 +37,12 @@ from attribution.prompts.knowledge import Fact, Knowledge
 from attribution.prompts.tokens import TokenBatch, encode, pad
 from attribution.records import Neuron
 
+# Tests are not a package, so this folder is on the path only while its module is imported.
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1]))
+    from suite import module, verdict_of
+
+ON_PLANTED = module("test_planted")
 PROMPTS = ("The capital of France is", "The number of legs that a dog has is", "A ripe cherry is")
 LAYER = 1
 FFN = at.FFNNeuron(LAYER, 5)
@@ -382,12 +381,17 @@ KNOWLEDGE = Knowledge(
     ),
     {"capital": ("Paris", "Rome")},
 )
+FOUND = ON_PLANTED.test_what_was_planted_to_write_the_answer_is_ranked_first
+BOTH_ENDS = ON_PLANTED.test_both_ends_of_a_planted_chain_are_ranked_first
+UNDONE = ON_PLANTED.test_ablating_what_was_planted_undoes_it
+BROKEN = ON_PLANTED.test_ablating_the_query_neuron_breaks_a_planted_chain
+RECOVERED = ON_PLANTED.test_how_a_method_loses_what_was_planted_as_it_grows_weaker
 CLAIMS: dict[str, Callable[[Workbench, Kind], Verdict]] = {
-    "found": lambda bench, kind: is_found(bench, METHOD, kind),
-    "both ends": lambda bench, _: both_ends_of_a_chain_are_found(bench, METHOD),
-    "undone": is_undone,
-    "broken": lambda bench, _: chain_breaks_at_its_query_neuron(bench),
-    "recovered": lambda bench, kind: recovery(bench, METHOD, kind, METHOD),
+    "found": lambda bench, kind: verdict_of(FOUND, bench, kind=kind),
+    "both ends": lambda bench, _: verdict_of(BOTH_ENDS, bench),
+    "undone": lambda bench, kind: verdict_of(UNDONE, bench, kind=kind),
+    "broken": lambda bench, _: verdict_of(BROKEN, bench),
+    "recovered": lambda bench, kind: verdict_of(RECOVERED, bench, kind=kind),
 }
 
 
@@ -443,28 +447,28 @@ def test_a_method_finds_what_was_planted_and_its_opposite_does_not(
     faithful = METHODS[METHOD]
     flipped = replace(faithful, name="flipped", score=lambda each: -faithful.score(each), bound=None, first_order=None)
     monkeypatch.setitem(METHODS, "flipped", flipped)
-    found, lost = is_found(bench, METHOD, kind), is_found(bench, "flipped", kind)
+    found, lost = (verdict_of(FOUND, bench, attribution_method=each, kind=kind) for each in (METHOD, "flipped"))
     # More often than by a draw between the neurons of the two words: what lies behind is random here.
     assert found.effect > 0.5
     assert lost.effect < 0.5
     # With ten prompts a claim about a share is not decided.
     assert found.status is Status.INCONCLUSIVE
     curve = [float(point.split(": ")[1]) for point in found.note.split(", ")]
-    assert len(curve) == len(STRENGTHS) + 1
+    assert len(curve) == len(ON_PLANTED.STRENGTHS) + 1
     assert curve[-1] < curve[0]
 
 
 def test_both_ends_of_a_planted_chain_are_found_and_it_breaks(bench: Workbench) -> None:
-    assert both_ends_of_a_chain_are_found(bench, METHOD).effect > 0.5
-    assert chain_breaks_at_its_query_neuron(bench).effect > 0.5
+    assert verdict_of(BOTH_ENDS, bench).effect > 0.5
+    assert verdict_of(BROKEN, bench).effect > 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_planted_is_undone_by_ablating_it_and_by_nothing_less(
     bench: Workbench, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert is_undone(bench, kind).effect <= 1
+    assert verdict_of(UNDONE, bench, kind=kind).effect <= 1
     monkeypatch.setattr(
         "attribution.claims.about_methods.planted.displaced", lambda anatomy, neurons: displaced(anatomy, neurons)[1:]
     )
-    assert is_undone(bench, kind).effect > 1
+    assert verdict_of(UNDONE, bench, kind=kind).effect > 1

@@ -20,12 +20,11 @@ import json
 import os
 import re
 import signal
-import sys
 import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from importlib import import_module, util
 from pathlib import Path
@@ -57,13 +56,6 @@ and compares.
 # Every so manyth fact of the files, and at most so many prompts: with fewer, not all claims used here are supported
 # where there is no fault. Exact claims need fewer.
 EVERY, EVERY_FOR_EXACT, PROMPTS = 3, 30, 200
-# What claims measure besides, made smaller for the same reason.
-SMALLER: dict[str, dict[str, Any]] = {
-    "top_neurons": {"CURVE": (10, 20)},
-    "planted": {"STRENGTHS": (2.0,)},
-    "single_neurons": {"PROMPTS": 40, "MIN_PROMPTS": 40},
-    "specificity": {"_MIN_PAIRED": PROMPTS // 2},
-}
 # Seconds in which a fault must be caught, on a machine that does other things as well.
 LIMIT = 600
 PROCESSES = 2
@@ -82,73 +74,112 @@ class BrokenFaultError(Exception):
 def claims() -> dict[str, Claims]:
     """Return families of claims by name: a workbench to verdicts.
 
-    Left out are those that do not hold for a bundled model, or need more prompts; what is not supported without a
-    fault catches nothing.
+    A family is one test of the suite with some of its parameters. Left out are those that do not hold for a bundled
+    model, or need more prompts: if a claim is not supported without a fault, it catches nothing.
     """
-    from attribution.claims.about_methods import planted, query_neurons, sanity, specificity, top_neurons, value_neurons
-    from attribution.claims.about_methods.common import METHOD
-    from attribution.claims.about_the_engine import by_hand, instrument, known_truths, recounts
+    from attribution.claims.about_methods import single_neurons
+    from attribution.claims.about_the_engine import by_hand, recounts
     from attribution.engine.decomposition import IDENTITIES
     from attribution.engine.metrics import METRICS
     from attribution.prompts.knowledge import CATEGORIES
 
-    known = _module(ROOT / "test_knowledge" / "test_known.py")
+    suite = _module(HERE.parent / "suite.py")
+    # What the tests state and measure is made smaller: as few prompts as there are have to decide a claim.
+    single_neurons.PROMPTS = 40
+    smaller: dict[str, dict[str, Any]] = {
+        "test_planted": {"STRENGTHS": (2.0,)},
+        "test_query_neurons": {"MIN_PROMPTS": PROMPTS},
+        "test_sanity": {"MIN_PROMPTS": PROMPTS, "MIN_FLIPPED": single_neurons.PROMPTS},
+        "test_specificity": {"MIN_PROMPTS": PROMPTS, "MIN_PAIRED": PROMPTS // 2},
+        "test_top_neurons": {"MIN_PROMPTS": PROMPTS},
+        "test_value_neurons": {"MIN_PROMPTS": PROMPTS},
+    }
+    for name, constants in smaller.items():
+        for constant, value in constants.items():
+            assert hasattr(suite.module(name), constant)
+            setattr(suite.module(name), constant, value)
 
-    def known_facts(bench: Any) -> list[Any]:
-        verdicts: list[Any] = []
-        for category in CATEGORIES:
-            known.test_model_knows_the_facts_of_a_category(bench, category, verdicts.append)
-        return verdicts
+    def family(name: str, test: str, parameters: Sequence[dict[str, Any]] = ({},)) -> Claims:
+        judged = getattr(suite.module(name), test)
+        return lambda bench: [suite.verdict_of(judged, bench, **each) for each in parameters]
+
+    def exact(name: str, test: str, parameters: Sequence[dict[str, Any]] = ({},)) -> Claims:
+        verdicts = family(name, test, parameters)
+
+        def of_bench(bench: Any) -> list[Any]:
+            # If so few prompts are known, the tests would ask all, known or not.
+            bench.of_the_engine = bench
+            return verdicts(bench)
+
+        return of_bench
+
+    def over(parameter: str, values: Iterable[Any]) -> list[dict[str, Any]]:
+        return [{parameter: value} for value in values]
 
     # The two others are about as good as the method.
     baselines = ("vector_norm", "coefficient", "reciprocal_rank", "output_norm", "coefficient_by_rank")
+    cells = [{"baseline": baseline, "metric": metric} for baseline in baselines for metric in ("prob", "logp")]
+    cuts = suite.module("test_value_neurons").CUTS
+    sets = suite.module("test_specificity").SETS
+    planted = over("kind", ("ffn", "attention"))
     return {
-        "residual stream is the sum": lambda bench: [
-            instrument.residual_stream_is_the_sum(bench, identity) for identity in IDENTITIES
-        ],
-        "known verdicts": lambda bench: [known_truths.judge_gives_known_verdicts(bench)],
-        "known outcomes": lambda bench: [known_truths.metrics_give_known_outcomes(bench)],
-        "scores by definition": lambda bench: [
-            recounts.scores_follow_their_definition(bench, unit) for unit in recounts.SCORED_UNITS
-        ],
-        "top 10 by definition": lambda bench: [
-            recounts.top_neurons_are_the_top(bench, unit) for unit in recounts.SEARCHED_UNITS
-        ],
-        "query scores by definition": lambda bench: [recounts.query_scores_follow_their_definition(bench)],
-        "controls by definition": lambda bench: [recounts.controls_are_drawn_as_stated(bench)],
-        "ablation by hand": lambda bench: [
-            by_hand.ablation_is_what_hooks_do(bench, kind) for kind in by_hand.ABLATIONS
-        ],
-        "scores by hand": lambda bench: [
-            by_hand.backward_passes_are_what_hooks_find(bench, method) for method in by_hand.BACKWARD
-        ],
-        "known facts": known_facts,
-        "value neurons cut": lambda bench: [
-            value_neurons.value_neurons_cut(bench, METHOD, metric) for metric in value_neurons.CUTS
-        ],
-        "random neurons have no effect": lambda bench: [
-            value_neurons.random_neurons_have_no_effect(bench, METHOD, value_neurons.SEEDS[0], "mrr")
-        ],
-        "top 10 beat baselines": lambda bench: [
-            top_neurons.beats_a_baseline(bench, METHOD, baseline, metric)
-            for baseline in baselines
-            for metric in ("prob", "logp")
-        ],
-        "query neurons beat random ones": lambda bench: [
-            query_neurons.query_neurons_beat_random_ones(bench, METHOD, metric) for metric in METRICS
-        ],
-        "neurons are specific to a fact": lambda bench: [
-            specificity.neurons_hurt_their_fact_most(bench, METHOD, chosen) for chosen in specificity.SETS
-        ],
-        "broken scorers lose their effect": lambda bench: [
-            sanity.broken_scorer_loses_its_effect(bench, METHOD, control)
-            for control in ("sign flip", "weight randomisation")
-        ],
-        "planted neurons are found": lambda bench: [
-            planted.is_found(bench, METHOD, kind) for kind in ("ffn", "attention")
-        ],
-        "planted neurons are undone": lambda bench: [planted.is_undone(bench, kind) for kind in ("ffn", "attention")],
-        "both ends of a chain are found": lambda bench: [planted.both_ends_of_a_chain_are_found(bench, METHOD)],
+        "residual stream is the sum": exact(
+            "test_decomposition", "test_residual_stream_is_the_sum_of_its_parts", over("identity", IDENTITIES)
+        ),
+        "known verdicts": exact(
+            "test_definitions", "test_numbers_with_a_known_truth_get_the_verdicts_that_they_should"
+        ),
+        "known outcomes": exact("test_definitions", "test_logits_with_a_known_answer_are_measured_right"),
+        "scores by definition": exact(
+            "test_definitions", "test_scores_are_what_they_are_defined_to_be", over("unit", recounts.SCORED_UNITS)
+        ),
+        "top 10 by definition": exact(
+            "test_definitions", "test_rankings_leave_nothing_better_out", over("unit", recounts.SEARCHED_UNITS)
+        ),
+        "query scores by definition": exact("test_definitions", "test_query_scores_are_what_they_are_defined_to_be"),
+        "controls by definition": exact("test_definitions", "test_controls_are_drawn_as_stated"),
+        "ablation by hand": exact(
+            "test_definitions", "test_ablation_is_what_hooks_on_the_plain_model_do", over("kind", by_hand.ABLATIONS)
+        ),
+        "scores by hand": exact(
+            "test_definitions",
+            "test_backward_passes_say_what_gradients_of_the_plain_model_say",
+            over("method", by_hand.BACKWARD),
+        ),
+        "known facts": family(
+            "test_known", "test_model_knows_the_facts_of_a_category", over("attribution_category", CATEGORIES)
+        ),
+        "value neurons cut": family(
+            "test_value_neurons", "test_zeroing_value_neurons_removes_the_answer", over("metric", cuts)
+        ),
+        "random neurons have no effect": family(
+            "test_value_neurons",
+            "test_zeroing_as_many_random_neurons_has_no_effect",
+            [{"metric": "mrr", "seed": 0}],
+        ),
+        "top 10 beat baselines": family(
+            "test_top_neurons", "test_zeroing_the_top_10_hurts_more_than_a_baselines_top_10", cells
+        ),
+        "query neurons beat random ones": family(
+            "test_query_neurons",
+            "test_zeroing_query_neurons_hurts_more_than_zeroing_random_ones",
+            over("metric", METRICS),
+        ),
+        "neurons are specific to a fact": family(
+            "test_specificity",
+            "test_zeroing_a_facts_neurons_hurts_it_more_than_an_unrelated_fact",
+            over("chosen", sets),
+        ),
+        "broken scorers lose their effect": family(
+            "test_sanity",
+            "test_broken_scorer_loses_its_effect",
+            over("control", ("sign flip", "weight randomisation")),
+        ),
+        "planted neurons are found": family(
+            "test_planted", "test_what_was_planted_to_write_the_answer_is_ranked_first", planted
+        ),
+        "planted neurons are undone": family("test_planted", "test_ablating_what_was_planted_undoes_it", planted),
+        "both ends of a chain are found": family("test_planted", "test_both_ends_of_a_planted_chain_are_ranked_first"),
     }
 
 
@@ -279,14 +310,6 @@ def _warm() -> None:
         parts = path.relative_to(ROOT).with_suffix("").parts
         if not parts[-1].startswith("__"):
             import_module(".".join(parts))
-    for name, module in list(sys.modules.items()):
-        if name.startswith("attribution.claims.about_methods.") and hasattr(module, "MIN_PROMPTS"):
-            module.MIN_PROMPTS = PROMPTS
-    for name, sizes in SMALLER.items():
-        module = import_module(f"attribution.claims.about_methods.{name}")
-        for size, value in sizes.items():
-            assert hasattr(module, size)
-            setattr(module, size, value)
 
 
 def _child(fault: Fault, path: Path) -> None:

@@ -26,10 +26,12 @@ import json, os, sys
 from dataclasses import asdict
 
 import attribution as at
-from attribution.claims.about_methods import top_neurons, value_neurons
 from attribution.claims.bench import Workbench
 
-name, device, folder = sys.argv[1:]
+name, device, folder, tests = sys.argv[1:]
+sys.path.insert(0, tests)
+from suite import module, verdict_of
+sys.path.remove(tests)
 model = at.load(name, device=device)
 knowledge = at.load_knowledge()
 # Some prompts of every category that the model knows: which those are would take longer to find out than all else here.
@@ -50,9 +52,11 @@ found["rankings"].append(([str(each) for each in queried.neurons], queried.score
 options = dict(k=10, kind=["zero", "mean", "resample"], progress=False)
 found["evaluation"] = at.evaluate(model, prompts, **options).to_dict("list")
 found["sources"] = at.ablate(model, prompts[0], [at.HeadPosition(1, 1, 2), at.Head(2, 0)]).tolist()
+top_10 = module("test_top_neurons").test_zeroing_the_top_10_hurts_more_than_a_baselines_top_10
+value_neurons = module("test_value_neurons").test_zeroing_value_neurons_removes_the_answer
 for metric in ("mrr", "prob", "logp"):
-    found["verdicts"].append(asdict(top_neurons.beats_a_baseline(bench, "log_prob_increase", "coefficient", metric)))
-found["verdicts"].append(asdict(value_neurons.value_neurons_cut(bench, "log_prob_increase", "prob")))
+    found["verdicts"].append(asdict(verdict_of(top_10, bench, baseline="coefficient", metric=metric)))
+found["verdicts"].append(asdict(verdict_of(value_neurons, bench, metric="prob")))
 with open(f"{folder}/{os.environ.get('RANK', 'alone')}.json", "w") as file:
     json.dump(found, file, default=str)
 """
@@ -61,7 +65,8 @@ with open(f"{folder}/{os.environ.get('RANK', 'alone')}.json", "w") as file:
 def _ask(script: Path, folder: Path, device: str, launcher: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     folder.mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(script), "bundled:llama", device, str(folder)]
+    tests = str(ROOT / "test_attribution")
+    command = [sys.executable, *launcher, str(script), "bundled:llama", device, str(folder), tests]
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]

@@ -12,6 +12,7 @@ from attribution.models.registry import registry
 
 pytest_plugins = ["pytester"]
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = "prompts: bundled, 2172 prompts of 661 facts in capital, color, country, language, month, number"
 
 CLAIM = """
@@ -194,19 +195,14 @@ def test_option_that_cannot_be_meant_is_an_error_in_one_line(
 
 
 def test_another_seed_draws_other_controls_and_is_part_of_the_record(suite: pytest.Pytester) -> None:
-    suite.makepyfile("""
-        from attribution.claims.about_methods import value_neurons
-        from attribution.claims.about_methods.common import METHOD
-        def test_random(attribution_bench, assert_claim):
-            assert_claim(value_neurons.random_neurons_have_no_effect(attribution_bench, METHOD, 1, "mrr"))
-        def test_matched(attribution_bench, assert_claim):
-            assert_claim(value_neurons.matched_neurons_have_no_effect(attribution_bench, METHOD, "mrr"))
-    """)
+    claims = (ROOT / "test_faithfulness" / "test_value_neurons.py").read_text(encoding="utf-8")
+    suite.makepyfile(test_claims=claims)
+    chosen = "mrr and (seed1 or matched_layer_and_norm)"
     effects = {}
     for name, seed in (("zero", 0), ("five", 5), ("again", 5)):
         # Eight prompts decide nothing, and are measured all the same.
         result = suite.runpytest_subprocess(
-            "--model=bundled:gpt2", "--max-prompts=8", f"--seed={seed}", f"--attribution-save={name}"
+            "--model=bundled:gpt2", "--max-prompts=8", f"--seed={seed}", f"--attribution-save={name}", "-k", chosen
         )
         assert f"random neurons, seed {seed + 1}: mrr" in result.stdout.str()
         records = json.loads((suite.path / ".attribution" / f"{name}.json").read_text(encoding="utf-8"))["claims"]

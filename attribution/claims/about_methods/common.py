@@ -1,15 +1,13 @@
-"""What the claims about methods have in common."""
+"""What the measurements for claims about methods have in common."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
 from attribution.claims.bench import STEPS, Workbench
-from attribution.claims.judge import Claim, Verdict
+from attribution.claims.measured import NotApplicable
 from attribution.engine.methods import METHODS
 from attribution.records import Unit, unit_named
 
@@ -17,14 +15,13 @@ __all__ = [
     "BASELINES",
     "METHOD",
     "METRIC_NAMES",
-    "MIN_PROMPTS",
     "NO_FFN",
     "OTHER_KINDS",
+    "PROMPTS",
     "RIVALS",
     "STEPS",
     "budget_of",
     "judged_methods",
-    "not_applicable",
     "rank_correlation",
 ]
 
@@ -50,11 +47,11 @@ METRIC_NAMES = {"mrr": "mean reciprocal rank", "prob": "mean probability", "logp
 OTHER_KINDS = ("mean", "resample")
 """Kinds of ablation that are reported beside the paper's."""
 
-MIN_PROMPTS = 300
-"""Fewer prompts than this decide no claim about a mean over all of them."""
+PROMPTS = 300
+"""How many prompts are measured where all of them would take too long: as many as a claim about their mean needs."""
 
-
-NO_FFN = "the method does not score FFN neurons"
+NO_FFN = NotApplicable("the method does not score FFN neurons")
+"""What is measured for a claim about FFN neurons if the method does not score them."""
 
 
 def judged_methods() -> list[str]:
@@ -73,12 +70,3 @@ def rank_correlation(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64
     first, second = (ranks - ranks.mean() for ranks in (stats.rankdata(one), stats.rankdata(other)))
     size = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(first @ second) / size if size else 0.0
-
-
-def not_applicable(bench: Workbench, claim: Claim, reason: str) -> Verdict:
-    """Return the verdict on a claim about what a method does not score: nothing measured, reported with the reason.
-
-    It does not belong to a baseline, so that a method which stops scoring a unit misses a claim there.
-    """
-    unasked = replace(claim, asserted=False, gated=False)
-    return bench.judge(unasked, [], places=[], note=f"not applicable: {reason}")

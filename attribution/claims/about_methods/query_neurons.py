@@ -1,7 +1,7 @@
-"""Query neurons wake the value neurons: without them the answer goes (Table 7), without as many random ones it stays.
+"""What is left without a prompt's query neurons (Table 7), and without the same number of random FFN neurons.
 
 A query neuron is an FFN neuron that writes what the attention value neurons of a prompt read. As in Table 7, a prompt's
-query neurons are those that wake its top attention value neurons, weighted by the judged method's own scores.
+query neurons are those that activate its top attention value neurons, weighted by the judged method's own scores.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from attribution.claims.about_methods.common import METRIC_NAMES, MIN_PROMPTS, budget_of, not_applicable
-from attribution.claims.about_methods.value_neurons import MARGIN, SEEDS
+from attribution.claims.about_methods.common import PROMPTS, budget_of
 from attribution.claims.bench import Workbench
-from attribution.claims.judge import Claim, Verdict
+from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
 from attribution.engine.metrics import by_metric
 from attribution.engine.queries import query
@@ -20,19 +19,17 @@ from attribution.engine.ranking import Ranking
 from attribution.records import FFNNeuron, Unit
 
 __all__ = [
-    "PAPER_CUTS",
+    "fall_without_query_neurons",
+    "fall_without_random_ffn_neurons",
+    "lead_over_random_neurons",
+    "lead_over_the_same_layers",
     "left_without_query_neurons",
     "query_budget",
-    "query_neurons_beat_random_ones",
-    "query_neurons_beat_those_of_the_same_layers",
-    "query_neurons_cut",
-    "random_ffn_neurons_have_no_effect",
     "strongest",
     "waking",
 ]
 
-PAPER_CUTS = {"mrr": (0.78, 0.98), "prob": (0.88, 0.99)}
-"""Least and largest cell of the paper's Table 7: the share of each metric that 1,000 query neurons cut."""
+_NO_VALUE_NEURONS = NotApplicable("the method does not score attention neurons, which are what query neurons wake")
 
 # The paper's number, and the share at which the registry's rule for value neurons stops a small model from losing so
 # many neurons that random ones are no control.
@@ -46,18 +43,18 @@ def query_budget(bench: Workbench) -> int:
 
 
 def strongest(bench: Workbench, method: str, unit: Unit, number: int) -> list[Ranking]:
-    """Return the top neurons of :data:`MIN_PROMPTS` prompts, those at ``bench.part(MIN_PROMPTS)``."""
-    return bench.rankings(method, unit, number, places=bench.part(MIN_PROMPTS))
+    """Return the top neurons of :data:`PROMPTS` prompts, those at ``bench.part(PROMPTS)``."""
+    return bench.rankings(method, unit, number, places=bench.part(PROMPTS))
 
 
 def waking(bench: Workbench, method: str) -> list[list[FFNNeuron]]:
-    """Return the query neurons of the prompts at ``bench.part(MIN_PROMPTS)``, best first; found once."""
+    """Return the query neurons of the prompts at ``bench.part(PROMPTS)``, best first; found once."""
 
     def found() -> list[list[FFNNeuron]]:
         rankings = strongest(bench, method, "attention", budget_of(bench, method)["attention"])
         if not rankings:
             return []
-        prompts = [bench.prompts[place] for place in bench.part(MIN_PROMPTS)]
+        prompts = [bench.prompts[place] for place in bench.part(PROMPTS)]
         return [each.neurons for each in query(bench.model, prompts, value_neurons=rankings, k=query_budget(bench))]
 
     return bench.once(("waking", method), found)
@@ -66,7 +63,7 @@ def waking(bench: Workbench, method: str) -> list[list[FFNNeuron]]:
 def _of_the_same_layers(bench: Workbench, chosen: list[list[FFNNeuron]], seed: int) -> list[list[FFNNeuron]]:
     """Draw as many other FFN neurons from each layer; fewer where a layer has too few others."""
     drawn = []
-    for place, neurons in zip(bench.part(MIN_PROMPTS), chosen, strict=True):
+    for place, neurons in zip(bench.part(PROMPTS), chosen, strict=True):
         rng = np.random.default_rng(bench.questions[place].seed(seed))
         own = []
         for layer in sorted({neuron.layer for neuron in neurons}):
@@ -82,7 +79,7 @@ def left_without_query_neurons(bench: Workbench, method: str) -> dict[str, dict[
     """Return what is left of each metric on each prompt without its query neurons, and without others like them."""
 
     def measured() -> dict[str, dict[str, npt.NDArray[np.float64]]]:
-        questions = [bench.questions[place] for place in bench.part(MIN_PROMPTS)]
+        questions = [bench.questions[place] for place in bench.part(PROMPTS)]
         chosen = waking(bench, method)
         arms = {"query": chosen, "same layers": _of_the_same_layers(bench, chosen, bench.seed)}
         return {name: by_metric(outcomes(bench.model, questions, neurons)[0]) for name, neurons in arms.items()}
@@ -91,121 +88,41 @@ def left_without_query_neurons(bench: Workbench, method: str) -> dict[str, dict[
 
 
 def _left_by_random(bench: Workbench, seed: int, metric: str) -> npt.NDArray[np.float64]:
-    frame = bench.frames(("random",), {"ffn": query_budget(bench)}, seed=seed, number=MIN_PROMPTS)["random"]
+    """Return what is left without FFN neurons drawn uniformly from all, for every prompt separately."""
+    frame = bench.frames(("random",), {"ffn": query_budget(bench)}, seed=seed, number=PROMPTS)["random"]
     return np.asarray(frame[f"{metric}_after"], dtype=np.float64)
 
 
-def _judged(
-    bench: Workbench,
-    claim: Claim,
-    effects: npt.NDArray[np.float64],
-    baselines: npt.NDArray[np.float64] | None = None,
-    *,
-    seed: int | None = None,
-    note: str = "",
-) -> Verdict:
-    places = bench.part(MIN_PROMPTS)
-    return bench.judge(claim, effects, baselines=baselines, places=places, seed=seed, note=note)
-
-
-def _woken(bench: Workbench, method: str) -> str:
-    return f"those that wake its top {budget_of(bench, method).get('attention', 0)} attention value neurons by {method}"
-
-
-_NO_VALUE_NEURONS = "the method does not score attention neurons, which are what query neurons wake"
-
-
-def query_neurons_beat_random_ones(bench: Workbench, method: str, metric: str, seed: int = 0) -> Verdict:
-    """Judge that zeroing a prompt's query neurons hurts its answer more than zeroing as many random FFN neurons.
-
-    The random ones are drawn uniformly from all FFN neurons, anew for every prompt; query neurons may be among them.
-    """
-    budget, seed = query_budget(bench), bench.seed + seed
-    claim = Claim(
-        id=f"{budget} query neurons vs random: {metric}",
-        sentence=f"zeroing a prompt's {budget} query neurons, {_woken(bench, method)}, lowers {metric} more than "
-        f"zeroing {budget} random FFN neurons",
-        source="Table 7",
-        effect=f"{METRIC_NAMES[metric]} left by random neurons minus that left by query neurons",
-        test="above",
-        threshold=0,
-        family="deletion",
-        control=f"the same prompts with {budget} random FFN neurons",
-        min_prompts=MIN_PROMPTS,
-        method=method,
-        comparisons=len(METRIC_NAMES),
-    )
+def lead_over_random_neurons(bench: Workbench, method: str, metric: str) -> Effects | NotApplicable:
+    """Measure how much more of a metric random FFN neurons leave than query neurons, which may be among them."""
     if "attention" not in budget_of(bench, method):
-        return not_applicable(bench, claim, _NO_VALUE_NEURONS)
-    effects = _left_by_random(bench, seed, metric) - left_without_query_neurons(bench, method)["query"][metric]
-    return _judged(bench, claim, effects, seed=seed)
+        return _NO_VALUE_NEURONS
+    by_random, left = _left_by_random(bench, bench.seed, metric), left_without_query_neurons(bench, method)
+    return Effects(by_random - left["query"][metric], places=bench.part(PROMPTS), seed=bench.seed)
 
 
-def query_neurons_beat_those_of_the_same_layers(bench: Workbench, method: str, metric: str) -> Verdict:
-    """Report the harder control: query neurons lie in shallow layers, where any neuron may matter more."""
-    budget = query_budget(bench)
-    claim = Claim(
-        id=f"{budget} query neurons vs the same layers: {metric}",
-        sentence=f"zeroing a prompt's {budget} query neurons, {_woken(bench, method)}, lowers {metric} more than "
-        "zeroing as many other FFN neurons of each layer",
-        source="ours, after Table 7",
-        effect=f"{METRIC_NAMES[metric]} left by the others minus that left by query neurons",
-        test="above",
-        threshold=0,
-        control="the same prompts with as many random neurons of the same layers",
-        min_prompts=MIN_PROMPTS,
-        method=method,
-        comparisons=len(METRIC_NAMES),
-        asserted=False,
-    )
+def lead_over_the_same_layers(bench: Workbench, method: str, metric: str) -> Effects | NotApplicable:
+    """Measure how much more of a metric other neurons of the same layers leave than query neurons."""
     if "attention" not in budget_of(bench, method):
-        return not_applicable(bench, claim, _NO_VALUE_NEURONS)
+        return _NO_VALUE_NEURONS
     left = left_without_query_neurons(bench, method)
-    return _judged(bench, claim, left["same layers"][metric] - left["query"][metric], seed=bench.seed)
+    return Effects(left["same layers"][metric] - left["query"][metric], places=bench.part(PROMPTS), seed=bench.seed)
 
 
-def query_neurons_cut(bench: Workbench, method: str, metric: str) -> Verdict:
-    """Report which share of a metric query neurons take, beside the paper's."""
-    budget = query_budget(bench)
-    least, most = PAPER_CUTS[metric]
-    claim = Claim(
-        id=f"{budget} query neurons cut {metric}",
-        sentence=f"zeroing a prompt's {budget} query neurons, {_woken(bench, method)}, cuts {metric} by over "
-        f"{least:.0%}, the least of Table 7",
-        source="Table 7",
-        effect=f"fall of mean {metric} as a share of its start",
-        test="above",
-        threshold=least,
-        control=f"{budget} random FFN neurons, judged by the equivalence claims",
-        min_prompts=MIN_PROMPTS,
-        method=method,
-        comparisons=len(PAPER_CUTS),
-        extremes="fall",
-        asserted=False,
-    )
+def fall_without_query_neurons(
+    bench: Workbench, method: str, metric: str, *, note: str = ""
+) -> Effects | NotApplicable:
+    """Measure how far a metric falls without query neurons."""
     if "attention" not in budget_of(bench, method):
-        return not_applicable(bench, claim, _NO_VALUE_NEURONS)
-    before = bench.before[metric][bench.part(MIN_PROMPTS)]
-    note = f"the paper's 1,000 query neurons cut {least:.0%} to {most:.0%}"
-    return _judged(bench, claim, before - left_without_query_neurons(bench, method)["query"][metric], before, note=note)
+        return _NO_VALUE_NEURONS
+    places = bench.part(PROMPTS)
+    before = bench.before[metric][places]
+    left = left_without_query_neurons(bench, method)["query"][metric]
+    return Effects(before - left, baselines=before, places=places, note=note)
 
 
-def random_ffn_neurons_have_no_effect(bench: Workbench, method: str, seed: int, metric: str) -> Verdict:
-    """Judge as many FFN neurons drawn uniformly, anew for every prompt."""
-    budget, seed = query_budget(bench), bench.seed + seed
-    claim = Claim(
-        id=f"{budget} random FFN neurons, seed {seed}: {metric}",
-        sentence=f"zeroing {budget} random FFN neurons changes {metric} by less than {MARGIN:.0%}",
-        source="Table 7, random neurons",
-        effect=f"fall of mean {metric} as a share of its start",
-        test="within",
-        threshold=MARGIN,
-        family="equivalence",
-        control=f"{budget} query neurons, judged by the claims that they do more than random ones",
-        min_prompts=MIN_PROMPTS,
-        method=method,
-        comparisons=len(SEEDS) * len(PAPER_CUTS),
-        extremes="fall",
-    )
-    before = bench.before[metric][bench.part(MIN_PROMPTS)]
-    return _judged(bench, claim, before - _left_by_random(bench, seed, metric), before, seed=seed)
+def fall_without_random_ffn_neurons(bench: Workbench, metric: str, *, seed: int) -> Effects:
+    """Measure how far a metric falls without random FFN neurons, as many as there are query neurons."""
+    places = bench.part(PROMPTS)
+    before = bench.before[metric][places]
+    return Effects(before - _left_by_random(bench, seed, metric), baselines=before, places=places, seed=seed)

@@ -1,4 +1,4 @@
-"""Importance predicts effect: what a method says of single neurons against what ablating each alone does.
+"""What a method says about single neurons, and what ablating each of them alone does.
 
 For every prompt a stratified sample of FFN neurons is drawn by the judged method's own rank: the top 10, and 10 each
 from ranks 11 to 100, from 101 to a quarter of all, and from the rest. Drawn uniformly, nearly all would be neurons
@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attribution.claims.about_methods.common import BASELINES, NO_FFN, STEPS, not_applicable, rank_correlation
+from attribution.claims.about_methods.common import BASELINES, NO_FFN, STEPS, rank_correlation
 from attribution.claims.bench import Workbench
-from attribution.claims.judge import Claim, Verdict
+from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
 from attribution.engine.batching import batches_of
 from attribution.engine.importance import Candidates
@@ -42,31 +42,25 @@ __all__ = [
     "PROMPTS",
     "TOP",
     "Sample",
+    "correlations",
     "direct_effects",
-    "predicts_effect",
+    "repaired",
     "sampled_ranks",
     "samples",
-    "self_repair",
 ]
 
 COMPARED = (*BASELINES, "random")
 """The scores that are reported beside the judged method's."""
 
-EFFECTS = {
-    "total": "the fall of log p(answer) after a rerun without the neuron",
-    "direct": "the fall of log p(answer) when only what the neuron writes into the final state is missing",
-}
+EFFECTS = ("total", "direct")
+"""The effects of a neuron that are measured, see the top of this module."""
 
 TOP = 10
-# As many from each lower stratum as there are best ones.
+"""How many of the best neurons are in the sample."""
+# The same number from each lower stratum.
 _DRAWN = 10
 PROMPTS = 100
 """All neurons of a prompt have to be scored to know their ranks, and 40 reruns follow."""
-# What is averaged over prompts is a correlation over 40 neurons, whose standard error is about 1 / sqrt(40 - 3): the
-# mean of 50 is known to a few hundredths, far less than lies between no correlation and a moderate one.
-MIN_PROMPTS = 50
-# A moderate correlation by the convention of Cohen 1988.
-_MODERATE = 0.3
 
 
 @dataclass(frozen=True)
@@ -173,63 +167,38 @@ def _measured(bench: Workbench, method: str) -> list[Sample]:
     ]
 
 
-def predicts_effect(bench: Workbench, method: str, effect: str = "total", scored_by: str | None = None) -> Verdict:
-    """Judge that scores order single neurons as their effects do.
-
-    The total effect is asserted of the judged method; the direct one, and what other scores predict, are reported.
+def correlations(bench: Workbench, method: str, effect: str, *, scored_by: str) -> Effects | NotApplicable:
+    """Measure how alike scores and effects order the sampled neurons of each prompt.
 
     Args:
-        bench: The model.
+        bench: The model with its prompts.
         method: The judged method, by whose ranks the sample is drawn.
         effect: One of :data:`EFFECTS`.
-        scored_by: Correlate the scores of this method instead, on the judged method's sample: a sample of its own
-            would need its own reruns.
+        scored_by: The method whose scores are compared: the judged one or one of :data:`COMPARED`. All of them share
+            the judged method's sample, because a sample of its own would need its own reruns.
+
+    Returns:
+        Spearman's rank correlations, -1 to 1.
     """
-    name = scored_by or method
-    of_other = "" if scored_by is None else f", by {scored_by}"
-    claim = Claim(
-        id=f"importance predicts {effect} effect{of_other}",
-        sentence=f"scores by {name} order the FFN neurons of a prompt, sampled by their rank by {method}, as "
-        f"{EFFECTS[effect]} does",
-        source="ours",
-        effect="Spearman's rank correlation over the sampled neurons, mean over prompts",
-        test="above",
-        threshold=_MODERATE,
-        family="prediction",
-        control="random scores on the same sample, reported as a claim of their own",
-        min_prompts=MIN_PROMPTS,
-        method=method,
-        comparisons=1 if scored_by is None else len(COMPARED),
-        extremes="correlation",
-        asserted=scored_by is None and effect == "total",
-    )
     if "ffn" not in METHODS[method].units:
-        return not_applicable(bench, claim, NO_FFN)
-    found = samples(bench, method)
-    correlations = [rank_correlation(each.scores[name], each.effect(effect)) for each in found]
-    return bench.judge(claim, correlations, places=bench.part(PROMPTS), seed=bench.seed)
+        return NO_FFN
+    found = [rank_correlation(each.scores[scored_by], each.effect(effect)) for each in samples(bench, method)]
+    return Effects(found, places=bench.part(PROMPTS), seed=bench.seed)
 
 
-def self_repair(bench: Workbench, method: str) -> Verdict:
-    """Report how much of what the top neurons write the later layers make up for when it is missing."""
-    claim = Claim(
-        id=f"self-repair of the top {TOP}",
-        sentence=f"zeroing one of the top {TOP} FFN neurons by {method} takes less than what it writes is worth: later "
-        "layers make up for a part",
-        source="ours, after McGrath et al. 2023",
-        # Of the mean in nats, which few prompts make up, no interval holds: simulated, it errs in up to 29% of samples.
-        effect=f"share of prompts in which the direct effects of the top {TOP} add up to more than the total ones",
-        test="above",
-        threshold=0.5,
-        control="below one half where later layers carry the loss on",
-        min_prompts=MIN_PROMPTS,
-        method=method,
-        extremes="share",
-        asserted=False,
-    )
+def repaired(bench: Workbench, method: str, *, k: int) -> Effects | NotApplicable:
+    """Measure on which prompts later layers make up for a part of what the top k write: 1 there, 0 on the others.
+
+    There the direct effects of the top k add up to more than the total ones.
+
+    Args:
+        bench: The model with its prompts.
+        method: The judged method.
+        k: How many neurons, at most :data:`TOP`.
+    """
     if "ffn" not in METHODS[method].units:
-        return not_applicable(bench, claim, NO_FFN)
+        return NO_FFN
     found = samples(bench, method)
-    direct, total = (np.array([each.effect(name)[:TOP].mean() for each in found]) for name in ("direct", "total"))
+    direct, total = (np.array([each.effect(name)[:k].mean() for each in found]) for name in ("direct", "total"))
     note = f"direct {direct.mean():.2g}, total {total.mean():.2g} nats a neuron" if found else ""
-    return bench.judge(claim, direct > total, places=bench.part(PROMPTS), seed=bench.seed, note=note)
+    return Effects(direct > total, places=bench.part(PROMPTS), seed=bench.seed, note=note)

@@ -1,4 +1,4 @@
-"""Ablation hurts what neurons and heads are for, and leaves what they are not for alone (Table 11).
+"""What ablation takes from what neurons and heads are for, and from what they are not for (Table 11).
 
 Language, capital and country are related kinds of knowledge: in Table 11 the heads of each matter for the others.
 Unrelated facts are those of a category that is not related, and unrelated heads those of one.
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from attribution.claims.about_methods.common import METRIC_NAMES, MIN_PROMPTS, STEPS, budget_of, not_applicable
+from attribution.claims.about_methods.common import PROMPTS, STEPS, budget_of
 from attribution.claims.about_methods.query_neurons import query_budget, strongest, waking
-from attribution.claims.about_methods.value_neurons import MARGIN
 from attribution.claims.bench import Workbench
-from attribution.claims.judge import Claim, Verdict
+from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
 from attribution.engine.batching import batches_of
 from attribution.engine.methods import METHODS, method_named
@@ -26,41 +25,26 @@ from attribution.engine.top_k import top_k
 from attribution.records import Component, Head, unit_named
 
 __all__ = [
-    "HEAD_METRICS",
     "HeadsLeft",
-    "PAPER_HEADS",
     "RELATED",
-    "SETS",
-    "VALUE_SETS",
     "are_related",
+    "budget_of_set",
     "chosen_heads",
-    "heads_hurt_their_category_most",
-    "heads_of_related_categories_hurt_more",
+    "fall_of_unrelated_facts",
+    "lead_of_related_heads",
+    "lead_over_unrelated_facts",
+    "lead_over_unrelated_heads",
     "left_without_heads",
-    "neurons_hurt_their_fact_most",
     "strangers",
-    "unrelated_facts_stay",
 ]
-
-VALUE_SETS = ("top 10", "value neurons")
-"""Which value neurons of a fact are zeroed: its top 10 FFN neurons, or as many as the deletion claims zero."""
-
-SETS = (*VALUE_SETS, "query neurons")
-"""Or the query neurons that wake them. Those of one fact need not leave others alone: the paper finds many shared."""
-
-HEAD_METRICS = ("mrr", "logp")
-
-PAPER_HEADS = {"mrr": ("33 to 45%", "4 to 9%"), "prob": ("48 to 53%", "9 to 10%")}
-"""Means of the paper's Table 11 for its two models: the cut of a category's own metric, and of an unrelated one's."""
 
 RELATED = frozenset({"language", "capital", "country"})
 """Categories that are called related."""
 
 _K = 10
 _HEAD_SHARE = 0.01
-# Every fact is paired with an unrelated one. Where two thirds of the prompts are of related categories, as among the
-# bundled facts, two thirds of MIN_PROMPTS find a partner of their own.
-_MIN_PAIRED = 200
+_NO_NEURONS = NotApplicable("the method does not score the neurons that are zeroed")
+_NO_HEADS = NotApplicable("the method does not score heads")
 
 
 def are_related(one: str, other: str) -> bool:
@@ -104,8 +88,15 @@ class _Paired:
     partners: dict[str, npt.NDArray[np.float64]]
 
 
-def _budget(bench: Workbench, method: str, chosen: str) -> dict[str, int]:
-    """Return how many neurons of each unit are zeroed, of the units that a method scores."""
+def budget_of_set(bench: Workbench, method: str, chosen: str) -> dict[str, int]:
+    """Return how many neurons of each unit are zeroed, of the units that a method scores.
+
+    Args:
+        bench: The model with its prompts.
+        method: The method.
+        chosen: Which neurons of a fact are zeroed. ``"top 10"``: its top 10 FFN neurons; ``"value neurons"``: the same
+            number as the deletion claims zero; ``"query neurons"``: those that activate its attention value neurons.
+    """
     if chosen == "query neurons":
         return {"ffn": query_budget(bench)} if "attention" in budget_of(bench, method) else {}
     if chosen == "value neurons":
@@ -113,21 +104,12 @@ def _budget(bench: Workbench, method: str, chosen: str) -> dict[str, int]:
     return {"ffn": _K} if "ffn" in METHODS[method].units else {}
 
 
-def _named(bench: Workbench, method: str, chosen: str) -> str:
-    budget = _budget(bench, method, chosen)
-    if chosen == "value neurons":
-        return " and ".join(f"{number} {unit}" for unit, number in budget.items()) + f" value neurons by {method}"
-    if chosen == "query neurons":
-        return f"{budget.get('ffn', 0)} query neurons, those that wake its top attention value neurons by {method}"
-    return f"top {_K} FFN neurons by {method}"
-
-
 def _ranked(bench: Workbench, method: str, chosen: str) -> list[list[Component]]:
-    """Return the neurons of each prompt at ``bench.part(MIN_PROMPTS)``."""
+    """Return the neurons of each prompt at ``bench.part(PROMPTS)``."""
     if chosen == "query neurons":
         return [list(neurons) for neurons in waking(bench, method)]
-    ranked: list[list[Component]] = [[] for _ in bench.part(MIN_PROMPTS)]
-    for unit, number in _budget(bench, method, chosen).items():
+    ranked: list[list[Component]] = [[] for _ in bench.part(PROMPTS)]
+    for unit, number in budget_of_set(bench, method, chosen).items():
         # One ranking serves both numbers.
         most = max(number, budget_of(bench, method).get(unit, 0))
         for own, ranking in zip(ranked, strongest(bench, method, unit_named(unit), most), strict=True):
@@ -137,7 +119,7 @@ def _ranked(bench: Workbench, method: str, chosen: str) -> list[list[Component]]
 
 def _paired(bench: Workbench, method: str, chosen: str) -> _Paired:
     def measured() -> _Paired:
-        places = bench.part(MIN_PROMPTS)
+        places = bench.part(PROMPTS)
         partner = strangers([bench.prompts[place].category for place in places], bench.seed)
         ranked = _ranked(bench, method, chosen)
         rows = sorted(partner)
@@ -149,65 +131,27 @@ def _paired(bench: Workbench, method: str, chosen: str) -> _Paired:
     return bench.once(("specificity", method, chosen), measured)
 
 
-def neurons_hurt_their_fact_most(bench: Workbench, method: str, chosen: str) -> Verdict:
-    """Judge that zeroing a fact's neurons lowers its own answer more than those of an unrelated fact do.
+def lead_over_unrelated_facts(bench: Workbench, method: str, chosen: str) -> Effects | NotApplicable:
+    """Measure how much more log p the neurons of an unrelated fact leave than a prompt's own.
 
     Each prompt is compared with itself, without its own neurons and without its partner's. Every prompt's neurons are
     zeroed once in its own and once in an unrelated prompt, so the mean is also that of what a fact's neurons do to its
     own answer minus what they do to another's.
     """
-    named = _named(bench, method, chosen)
-    claim = Claim(
-        id=f"specific to a fact, {chosen}: logp",
-        sentence=f"zeroing a fact's {named} lowers the log-probability of its own answer more than that of an "
-        "unrelated fact",
-        source="ours",
-        effect=f"{METRIC_NAMES['logp']} left by the neurons of an unrelated fact minus that left by a prompt's own",
-        test="above",
-        threshold=0,
-        family="specificity",
-        control="the same prompts without the neurons of an unrelated fact",
-        min_prompts=_MIN_PAIRED,
-        method=method,
-        comparisons=len(SETS),
-    )
-    if not _budget(bench, method, chosen):
-        return not_applicable(bench, claim, _NO_NEURONS)
+    if not budget_of_set(bench, method, chosen):
+        return _NO_NEURONS
     pairs = _paired(bench, method, chosen)
-    return bench.judge(claim, pairs.partners["logp"] - pairs.own["logp"], places=pairs.places, seed=bench.seed)
+    return Effects(pairs.partners["logp"] - pairs.own["logp"], places=pairs.places, seed=bench.seed)
 
 
-def unrelated_facts_stay(bench: Workbench, method: str, chosen: str) -> Verdict:
-    """Judge that an unrelated fact keeps its rank when a fact's top neurons are zeroed.
-
-    The margin is that of random neurons: what is specific does to others no more than neurons drawn blindly.
-    """
-    named = _named(bench, method, chosen)
-    claim = Claim(
-        id=f"unrelated facts stay, {chosen}: mrr",
-        sentence=f"zeroing a fact's {named} changes mrr of an unrelated fact by less than {MARGIN:.0%}",
-        source="ours",
-        effect="fall of mean mrr as a share of its start",
-        test="within",
-        threshold=MARGIN,
-        family="specificity",
-        control="the same neurons lower the answer of their own fact, judged by the claims of specificity",
-        min_prompts=_MIN_PAIRED,
-        method=method,
-        comparisons=len(VALUE_SETS),
-        extremes="fall",
-    )
-    if not _budget(bench, method, chosen):
-        return not_applicable(bench, claim, _NO_NEURONS)
+def fall_of_unrelated_facts(bench: Workbench, method: str, chosen: str, metric: str) -> Effects | NotApplicable:
+    """Measure how far a metric of an unrelated fact falls when a fact's neurons are zeroed."""
+    if not budget_of_set(bench, method, chosen):
+        return _NO_NEURONS
     pairs = _paired(bench, method, chosen)
-    before = bench.before["mrr"][pairs.places]
-    note = f"their own fact's falls by {1 - pairs.own['mrr'].sum() / before.sum():.0%}" if before.size else ""
-    return bench.judge(
-        claim, before - pairs.partners["mrr"], baselines=before, places=pairs.places, seed=bench.seed, note=note
-    )
-
-
-_NO_NEURONS = "the method does not score the neurons that are zeroed"
+    before = bench.before[metric][pairs.places]
+    note = f"their own fact's falls by {1 - pairs.own[metric].sum() / before.sum():.0%}" if before.size else ""
+    return Effects(before - pairs.partners[metric], baselines=before, places=pairs.places, seed=bench.seed, note=note)
 
 
 def chosen_heads(
@@ -278,7 +222,7 @@ def left_without_heads(bench: Workbench, method: str) -> HeadsLeft:
 
 
 def _measure_heads(bench: Workbench, method: str) -> HeadsLeft:
-    places, anatomy = bench.part(MIN_PROMPTS), bench.model.anatomy
+    places, anatomy = bench.part(PROMPTS), bench.model.anatomy
     categories = [bench.prompts[place].category for place in places]
     number = max(1, round(_HEAD_SHARE * anatomy.layers * anatomy.heads))
     chosen = chosen_heads(_head_scores(bench, method, places), categories, number, bench.seed)
@@ -318,50 +262,29 @@ def _kind(category: str, name: str) -> str:
     return "related" if are_related(category, name) else "unrelated"
 
 
-def heads_hurt_their_category_most(bench: Workbench, method: str, metric: str) -> Verdict:
-    """Judge that zeroing the top 1% heads of a prompt's category hurts more than those of unrelated categories."""
-    claim = Claim(
-        id=f"specific to a category, top 1% heads: {metric}",
-        sentence=f"zeroing the top 1% heads of a prompt's category by {method} lowers {metric} more than zeroing those "
-        "of unrelated categories",
-        source="Table 11",
-        effect=f"{METRIC_NAMES[metric]} left by heads of unrelated categories minus that left by those of its own",
-        test="above",
-        threshold=0,
-        family="specificity",
-        control="the same prompts without as many heads of each unrelated category",
-        min_prompts=MIN_PROMPTS,
-        method=method,
-        comparisons=len(HEAD_METRICS),
-    )
+def lead_over_unrelated_heads(bench: Workbench, method: str, metric: str) -> Effects | NotApplicable:
+    """Measure how much more of a metric the heads of unrelated categories leave than those of a prompt's own."""
     if "head" not in METHODS[method].units:
-        return not_applicable(bench, claim, "the method does not score heads")
+        return _NO_HEADS
     found = left_without_heads(bench, method)
     effects = found.left["unrelated"][metric] - found.left["own"][metric]
-    return bench.judge(claim, effects, places=found.places.tolist(), seed=bench.seed)
+    return Effects(effects, places=found.places.tolist(), seed=bench.seed)
 
 
-def heads_of_related_categories_hurt_more(bench: Workbench, method: str, metric: str) -> Verdict:
-    """Report what the heads of related categories take, beside a category's own, the unrelated ones', and the paper's.
+def lead_of_related_heads(bench: Workbench, method: str, metric: str, *, paper: str) -> Effects | NotApplicable:
+    """Measure how much more the heads of unrelated categories leave than those of related ones.
 
-    Only prompts on language, capital and country have related categories.
+    Only prompts on language, capital and country have related categories. The note says what the heads of all three
+    kinds of categories cut.
+
+    Args:
+        bench: The model with its prompts.
+        method: The method that ranks heads.
+        metric: The metric.
+        paper: What the paper reports, for the note.
     """
-    claim = Claim(
-        id=f"related categories share heads: {metric}",
-        sentence=f"zeroing the top 1% heads of the categories related to a prompt's own by {method} lowers {metric} "
-        "more than zeroing those of unrelated categories",
-        source="Table 11",
-        effect=f"mean {metric} left by heads of unrelated categories minus that left by related ones', as a share of "
-        "its start",
-        test="above",
-        threshold=0,
-        control="the same prompts without as many heads of each unrelated category",
-        method=method,
-        comparisons=len(PAPER_HEADS),
-        asserted=False,
-    )
     if "head" not in METHODS[method].units:
-        return not_applicable(bench, claim, "the method does not score heads")
+        return _NO_HEADS
     found = left_without_heads(bench, method)
     having = found.has_related
     effects = (found.left["unrelated"][metric] - found.left["related"][metric])[having]
@@ -372,9 +295,6 @@ def heads_of_related_categories_hurt_more(bench: Workbench, method: str, metric:
         for kind, rows in measured.items()
         if rows.any()
     ]
-    own, unrelated = PAPER_HEADS[metric]
-    paper = f"the paper's own {own}, unrelated {unrelated}"
     note = f"cuts {', '.join(cuts)}; {paper}; {found.distinct} different sets of heads"
-    return bench.judge(
-        claim, effects, baselines=before[having], places=found.places[having].tolist(), seed=bench.seed, note=note
-    )
+    places = found.places[having].tolist()
+    return Effects(effects, baselines=before[having], places=places, seed=bench.seed, note=note)

@@ -1,4 +1,4 @@
-"""The best neurons are enough: with all others at their mean, they keep more of the answer than random ones do.
+"""What is left of the answer when a method's best neurons are kept and all others are set to their mean.
 
 A method gives an order of neurons, and its first ones are kept until they fill a share of what can be ablated: FFN
 neurons, and dimensions of heads. As wherever attention neurons are ablated, one of any source position stands for its
@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attribution.claims.about_methods.common import METRIC_NAMES, STEPS, not_applicable
+from attribution.claims.about_methods.common import METRIC_NAMES, STEPS
 from attribution.claims.bench import Workbench
-from attribution.claims.judge import Claim, Verdict
+from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import Means, reference_of
 from attribution.engine.batching import batches_of
 from attribution.engine.importance import Candidates
@@ -32,25 +32,13 @@ from attribution.engine.top_k import top_k
 from attribution.engine.trace import Edits, rerun
 from attribution.records import Unit
 
-__all__ = [
-    "KEPT_METRICS",
-    "PROMPTS",
-    "SHARES",
-    "first_vectors",
-    "top_neurons_keep_more_than_random_ones",
-    "top_neurons_keep_more_than_their_share",
-]
-
-SHARES = (0.05, 0.10, 0.20, 0.50)
-"""Shares of the FFN neurons, and of the dimensions of heads, that are kept."""
-
-KEPT_METRICS = ("mrr", "prob")
+__all__ = ["PROMPTS", "first_vectors", "lead_over_random_neurons", "share_left", "units_kept"]
 
 PROMPTS = 50
 """Half of all neurons have to be ranked, which takes many times longer than finding the first few hundred."""
 
 _UNITS: tuple[Unit, ...] = ("attention", "ffn")
-_UNIT_NAMES = {"attention": "dimensions of heads", "ffn": "FFN neurons"}
+_NO_NEURONS = NotApplicable("the method does not score neurons")
 # Neurons of a dimension rank apart: about so many have to be ranked for one dimension, found by doubling where not.
 _RANKED = 4
 
@@ -85,6 +73,7 @@ def _kept(
     questions: Sequence[Question],
     units: Sequence[Unit],
     method: str,
+    shares: Sequence[float],
     seed: int,
 ) -> dict[Unit, Tensor]:
     """Return what each variant keeps: per prompt the method's shares, then random ones of the same sizes.
@@ -95,8 +84,8 @@ def _kept(
     kept: dict[Unit, Tensor] = {}
     for unit in units:
         scorer, total = method_named(method, unit), _vectors(found[0][unit])
-        numbers = [round(share * total) for share in SHARES]
-        kept[unit] = torch.zeros(len(found), 2, len(SHARES), total, dtype=torch.bool)
+        numbers = [round(share * total) for share in shares]
+        kept[unit] = torch.zeros(len(found), 2, len(shares), total, dtype=torch.bool)
         for row, (candidates, question) in enumerate(zip(found, questions, strict=True)):
             rng = np.random.default_rng([question.seed(seed), _UNITS.index(unit)])
             orders = (first_vectors(candidates[unit], scorer, max(numbers)), rng.permutation(total).tolist())
@@ -116,21 +105,23 @@ def _all_but(kept: dict[Unit, Tensor], means: Means, layers: int) -> Edits:
     return Edits(coefficients=edits.get("ffn", {}), mixed_values=edits.get("attention", {}))
 
 
-def _left(bench: Workbench, method: str, units: Sequence[Unit]) -> dict[str, npt.NDArray[np.float64]]:
+def _left(
+    bench: Workbench, method: str, units: Sequence[Unit], shares: Sequence[float]
+) -> dict[str, npt.NDArray[np.float64]]:
     """Return what is left of each metric, (prompts, 2, shares): the method's neurons kept, and random ones."""
     questions = [bench.questions[place] for place in bench.part(PROMPTS)]
-    shape = (len(questions), 2, len(SHARES))
+    shape = (len(questions), 2, len(shares))
     left = {metric: np.zeros(shape) for metric in METRIC_NAMES}
     if not questions:
         return left
     means = reference_of(bench.model, "mean", [question.ids for question in bench.questions])
     assert isinstance(means, Means)
     wanted = {unit: [method_named(method, unit)] for unit in units}
-    each = 2 * len(SHARES)
+    each = 2 * len(shares)
     for rows, batch in batches_of(bench.model, questions, variants=each):
         part = [questions[row] for row in rows]
         found = all_candidates(bench.model, part, batch, wanted, seed=bench.seed, steps=STEPS)
-        kept = _kept(found, part, units, method, bench.seed)
+        kept = _kept(found, part, units, method, shares, bench.seed)
         repeated = torch.arange(len(rows), device=batch.ids.device).repeat_interleave(each)
         edits = _all_but(kept, means, bench.model.anatomy.layers)
         logits = rerun(bench.model, batch.repeat_rows(repeated), edits)
@@ -140,73 +131,38 @@ def _left(bench: Workbench, method: str, units: Sequence[Unit]) -> dict[str, npt
     return left
 
 
-def _measured(bench: Workbench, method: str, units: Sequence[Unit]) -> dict[str, npt.NDArray[np.float64]]:
-    return bench.once(("sufficiency", method), lambda: _left(bench, method, units))
+def _measured(bench: Workbench, method: str, shares: Sequence[float]) -> dict[str, npt.NDArray[np.float64]]:
+    return bench.once(("sufficiency", method, tuple(shares)), lambda: _left(bench, method, units_kept(method), shares))
 
 
-def _units(method: str) -> tuple[Unit, ...]:
-    """Return the units that are ablated, of those that a method scores; the others stay whole."""
+def units_kept(method: str) -> tuple[Unit, ...]:
+    """Return the units of which a share is kept: those that the method scores. The others stay whole."""
     return tuple(unit for unit in _UNITS if unit in METHODS[method].units)
 
 
-def _percent() -> str:
-    *first, last = (f"{share * 100:g}" for share in SHARES)
-    return f"{', '.join(first)} and {last}%"
+def lead_over_random_neurons(
+    bench: Workbench, method: str, metric: str, *, shares: Sequence[float]
+) -> Effects | NotApplicable:
+    """Measure how much more of a metric a method's neurons keep than random ones, averaged over the shares."""
+    if not units_kept(method):
+        return _NO_NEURONS
+    kept, random = _measured(bench, method, shares)[metric].mean(-1).T
+    return Effects(kept - random, places=bench.part(PROMPTS), seed=bench.seed)
 
 
-def _named(units: Sequence[Unit]) -> str:
-    return " and of ".join(_UNIT_NAMES[unit] for unit in units)
+def share_left(bench: Workbench, method: str, metric: str, *, shares: Sequence[float]) -> Effects | NotApplicable:
+    """Measure which share of a metric a method's neurons keep, averaged over the shares of neurons.
 
-
-def top_neurons_keep_more_than_random_ones(bench: Workbench, method: str, metric: str) -> Verdict:
-    """Judge that keeping a method's top neurons keeps more of the answer than keeping as many random ones."""
-    units = _units(method)
-    claim = Claim(
-        id=f"sufficient, kept vs random: {metric}",
-        sentence=f"with all {_named(units)} at their mean but the top {_percent()} by {method}, more of {metric} is "
-        "left than with as many random ones kept",
-        source="ours",
-        effect=f"{METRIC_NAMES[metric]} left by the method's minus that left by random ones, averaged over the shares",
-        test="above",
-        threshold=0,
-        family="sufficiency",
-        control="the same prompts with as many random ones kept",
-        min_prompts=PROMPTS,
-        method=method,
-        comparisons=len(METRIC_NAMES),
-    )
-    if not units:
-        return not_applicable(bench, claim, "the method does not score neurons")
-    kept, random = _measured(bench, method, units)[metric].mean(-1).T
-    return bench.judge(claim, kept - random, places=bench.part(PROMPTS), seed=bench.seed)
-
-
-def top_neurons_keep_more_than_their_share(bench: Workbench, method: str, metric: str) -> Verdict:
-    """Report the whole curve: what each share of the neurons keeps, by the method and at random."""
-    units = _units(method)
-    claim = Claim(
-        id=f"sufficient, kept share: {metric}",
-        sentence=f"with all {_named(units)} at their mean but the top {_percent()} by {method}, a larger share of "
-        f"{metric} is left than of neurons",
-        source="ours",
-        effect=f"mean {metric} left, averaged over the shares, as a share of its start",
-        test="above",
-        threshold=sum(SHARES) / len(SHARES),
-        control="as many random ones kept, in the note",
-        min_prompts=PROMPTS,
-        method=method,
-        comparisons=len(KEPT_METRICS),
-        extremes="left",
-        asserted=False,
-    )
-    if not units:
-        return not_applicable(bench, claim, "the method does not score neurons")
+    The note is the whole curve: what each share of the neurons keeps, by the method and at random.
+    """
+    if not units_kept(method):
+        return _NO_NEURONS
     places = bench.part(PROMPTS)
     before = bench.before[metric][places]
-    left = _measured(bench, method, units)[metric]
+    left = _measured(bench, method, shares)[metric]
     # A share of the mean, not a mean of shares: the judge divides sums.
     curve = left.sum(0) / before.sum() if places else np.zeros(left.shape[1:])
     note = "kept, at random: " + "; ".join(
-        f"{share:.0%} of neurons {own:.2f}, {drawn:.2f}" for share, own, drawn in zip(SHARES, *curve, strict=True)
+        f"{share:.0%} of neurons {own:.2f}, {drawn:.2f}" for share, own, drawn in zip(shares, *curve, strict=True)
     )
-    return bench.judge(claim, left[:, 0].mean(-1), baselines=before, places=places, seed=bench.seed, note=note)
+    return Effects(left[:, 0].mean(-1), baselines=before, places=places, seed=bench.seed, note=note)

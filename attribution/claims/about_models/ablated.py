@@ -6,20 +6,22 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from attribution.claims.about_methods.common import BASELINES, METHOD, METRIC_NAMES, MIN_PROMPTS, budget_of
+from attribution.claims.about_methods.common import BASELINES, METHOD, METRIC_NAMES, PROMPTS, budget_of
 from attribution.claims.about_methods.query_neurons import left_without_query_neurons, query_budget
 from attribution.claims.about_methods.specificity import left_without_heads
-from attribution.claims.about_methods.top_neurons import K
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
 
 __all__ = ["by_heads", "by_method", "by_query_neurons", "by_value_neurons"]
 
+# How many FFN neurons Table 2 ablates.
+_K = 10
+
 
 def by_method(bench: Workbench) -> Exhibit:
     """Return Table 2: the means that are left without the top ten FFN neurons of each method."""
     names = (METHOD, *BASELINES)
-    frames = bench.frames(names, K)
+    frames = bench.frames(names, _K)
     rows: list[dict[str, object]] = [{"method": "none", **{name: bench.before[name].mean() for name in METRIC_NAMES}}]
     rows += [
         {"method": name, **{metric: frames[name][f"{metric}_after"].mean() for metric in METRIC_NAMES}}
@@ -28,7 +30,7 @@ def by_method(bench: Workbench) -> Exhibit:
     frame = pd.DataFrame(rows, columns=["method", *METRIC_NAMES])
     lowest = frame.iloc[1:].sort_values("logp")["method"].iloc[0]
     seen = (
-        f"Without the top {K} FFN neurons by {METHOD} the mean log-probability falls from {frame['logp'].iloc[0]:.3f} "
+        f"Without the top {_K} FFN neurons by {METHOD} the mean log-probability falls from {frame['logp'].iloc[0]:.3f} "
         f"to {frame['logp'].iloc[1]:.3f} nats; it falls lowest by {lowest}."
     )
     return Exhibit.of_frame("table_2", bench.model.name, frame, seen=seen, prompts=len(bench.prompts))
@@ -65,10 +67,10 @@ def by_value_neurons(bench: Workbench) -> Exhibit:
 
 def by_query_neurons(bench: Workbench) -> Exhibit:
     """Return Table 7: what a prompt's query neurons take from each category, and as many random ones."""
-    places, number = bench.part(MIN_PROMPTS), query_budget(bench)
+    places, number = bench.part(PROMPTS), query_budget(bench)
     categories = np.array([bench.prompts[place].category for place in places], dtype=str)
     before = {name: bench.before[name][places] for name in METRIC_NAMES}
-    random = bench.frames(("random",), {"ffn": number}, number=MIN_PROMPTS)["random"]
+    random = bench.frames(("random",), {"ffn": number}, number=PROMPTS)["random"]
     arms = {
         "query": left_without_query_neurons(bench, METHOD)["query"],
         "random": {name: random[f"{name}_after"].to_numpy(dtype=np.float64) for name in METRIC_NAMES},

@@ -13,34 +13,29 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from attribution.claims.about_models.survey import claim_about, survey
+from attribution.claims.about_models.survey import survey
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
-from attribution.claims.judge import Verdict
+from attribution.claims.measured import Effects
 from attribution.engine.batching import batches_of
 from attribution.engine.projection import before_softmax, frozen_scale
 from attribution.engine.trace import read_activations
 
-__all__ = ["PIECES", "curve", "curve_is_straight", "straightness"]
+__all__ = ["PIECES", "curve", "straightness", "straightness_of"]
 
 Piece = Literal["logp", "prob"]
 PIECES: tuple[Piece, ...] = ("logp", "prob")
 
 _SEGMENTS = 60
-# Where the paper sees each of the two as a line: first and last segment.
-_STRAIGHT = {"logp": (0, 40), "prob": (40, 60)}
-_NAMES = {"logp": "log-probability", "prob": "probability"}
-# Nine tenths of the variance.
-_FLOOR = 0.9
 
 
-def _log_probs(bench: Workbench) -> npt.NDArray[np.float64]:
-    """Return the answer's log-probability at every segment, in nats, (n, 61), on the survey's prompts."""
+def _log_probs(bench: Workbench, segments: int = _SEGMENTS) -> npt.NDArray[np.float64]:
+    """Return the answer's log-probability at every segment, in nats, (n, segments + 1), on the survey's prompts."""
 
     def measured() -> npt.NDArray[np.float64]:
         questions = [bench.questions[place] for place in survey(bench).places]
-        readout, curves = bench.model.anatomy.readout, np.zeros((len(questions), _SEGMENTS + 1))
-        way = torch.linspace(0, 1, _SEGMENTS + 1, dtype=torch.float64, device=bench.model.device)[:, None]
+        readout, curves = bench.model.anatomy.readout, np.zeros((len(questions), segments + 1))
+        way = torch.linspace(0, 1, segments + 1, dtype=torch.float64, device=bench.model.device)[:, None]
         for rows, batch in batches_of(bench.model, questions):
             activations = read_activations(bench.model, batch, logits=False)
             starts, ends = activations.resid_pre[0].double(), activations.resid_final.double()
@@ -50,7 +45,7 @@ def _log_probs(bench: Workbench) -> npt.NDArray[np.float64]:
                 curves[row] = log_probs[:, questions[row].answer_id].cpu().numpy()
         return curves
 
-    return bench.once(("curves",), measured)
+    return bench.once(("curves", segments), measured)
 
 
 def straightness(curves: npt.NDArray[np.float64], first: int, last: int) -> npt.NDArray[np.float64]:
@@ -72,33 +67,30 @@ def straightness(curves: npt.NDArray[np.float64], first: int, last: int) -> npt.
     return np.where(flat, 1.0, np.clip(explained / np.where(flat, 1.0, moved), 0, 1))
 
 
-def _of(bench: Workbench, piece: Piece) -> npt.NDArray[np.float64]:
-    return _log_probs(bench) if piece == "logp" else np.exp(_log_probs(bench))
+def _of(bench: Workbench, piece: Piece, segments: int) -> npt.NDArray[np.float64]:
+    log_probs = _log_probs(bench, segments)
+    return log_probs if piece == "logp" else np.exp(log_probs)
 
 
-def curve_is_straight(bench: Workbench, piece: Piece) -> Verdict:
-    """Judge that log p is nearly a line over segments 0 to 40, or p over 40 to 60 (Figures 3 and 10)."""
-    first, last = _STRAIGHT[piece]
+def straightness_of(bench: Workbench, piece: Piece, first: int, last: int, *, segments: int) -> Effects:
+    """Measure R^2 of a line through each prompt's curve from one segment to another, 0 to 1 (Figures 3 and 10).
+
+    The note has the mean of the other curve there.
+
+    Args:
+        bench: The model with its prompts.
+        piece: Which curve: log p or p.
+        first: First segment.
+        last: Last segment, included.
+        segments: How many segments the whole way has.
+    """
     other: Piece = "prob" if piece == "logp" else "logp"
-    here = straightness(_of(bench, piece), first, last)
-    claim = claim_about(
-        bench,
-        "curves",
-        id=f"{piece} is a line from segment {first} to {last}",
-        sentence=f"on the way from the embedding to the final state the answer's {_NAMES[piece]} is nearly a line from "
-        f"segment {first} to {last} of {_SEGMENTS}",
-        source="Figures 3 and 10",
-        effect="mean R^2 of a line through each prompt's curve there",
-        threshold=_FLOOR,
-        control=f"the {_NAMES[other]} over the same segments",
-        comparisons=len(PIECES),
-        extremes="share",
-    )
+    here = straightness(_of(bench, piece, segments), first, last)
     note = ""
     if len(here):
-        elsewhere = straightness(_of(bench, other), first, last).mean()
+        elsewhere = straightness(_of(bench, other, segments), first, last).mean()
         note = f"{other} there: {elsewhere:.2f}"
-    return bench.judge(claim, here, places=survey(bench).places, note=note)
+    return Effects(here, places=survey(bench).places, note=note)
 
 
 def curve(bench: Workbench) -> Exhibit:

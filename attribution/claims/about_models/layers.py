@@ -10,20 +10,21 @@ import numpy.typing as npt
 import pandas as pd
 
 from attribution.claims.about_methods.specificity import RELATED
-from attribution.claims.about_models.survey import Survey, claim_about, depth, survey
+from attribution.claims.about_models.survey import Survey, depth, survey
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
-from attribution.claims.judge import Verdict
+from attribution.claims.measured import Effects
 from attribution.records import SublayerKind
 
 __all__ = [
     "PARTS",
     "contributions",
-    "layers_contribute",
-    "layers_lie_deep",
-    "related_categories_share",
+    "depth_of_top_layers",
+    "importance_of_layers",
+    "shared_with_related",
     "top_heads",
     "top_layers",
+    "top_number",
 ]
 
 Part = Literal["layers", "heads"]
@@ -32,70 +33,38 @@ PARTS: tuple[Part, ...] = ("layers", "heads")
 _TOP_HEADS = 10
 
 
-def layers_contribute(bench: Workbench, kind: SublayerKind) -> Verdict:
-    """Judge that the attention layers, or the FFN layers, raise the answer over what was not asked for (Table 3)."""
+def importance_of_layers(bench: Workbench, kind: SublayerKind) -> Effects:
+    """Measure how much more the layers of a kind add to a prompt's answer than to another answer, in nats (Table 3)."""
     found = survey(bench)
     own, other = (_of_kind(each, kind).sum(1) for each in (found.layers, found.layers_for_other_answers))
-    claim = claim_about(
-        bench,
-        "layers",
-        id=f"{kind} layers contribute",
-        sentence=f"the {kind} layers together raise a fact's answer more than another answer of its category",
-        source="Table 3",
-        effect="sum of the importance of the layers for the answer, minus that for the answer of another fact, in nats",
-        control="the same prompts with the answer of another fact of the category",
-        comparisons=2,
-    )
     note = f"{own.mean():.2f} nats against {other.mean():.2f}" if len(own) else ""
-    return bench.judge(claim, own - other, places=found.places, note=note)
+    return Effects(own - other, places=found.places, note=note)
 
 
-def layers_lie_deep(bench: Workbench, category: str) -> Verdict:
-    """Judge that the top layers of a category's prompts lie in the deeper part of the model (Tables 3 and 4)."""
+def depth_of_top_layers(bench: Workbench, category: str) -> Effects:
+    """Measure how much deeper the top layers of a category's prompts are than all layers on average (Table 4)."""
     found = survey(bench)
-    rows, number = found.of(category), found.top_layers
-    best = np.argsort(-found.layers[rows], axis=1, kind="stable")[:, :number] // 2
-    claim = claim_about(
-        bench,
-        "depth of layers",
-        id="top layers lie deep",
-        sentence=f"the {number} most important layers of {category} prompts lie in the deeper half of the model",
-        source="Table 4",
-        effect="mean depth of the top layers, from 0 for the first to 1 for the last, minus that of all layers",
-        control="as many layers drawn at random, whose mean depth is that of all",
-        category=category,
-    )
-    return bench.judge(claim, depth(bench, best).mean(1) - 0.5, places=_places(found, rows))
+    rows = found.of(category)
+    best = np.argsort(-found.layers[rows], axis=1, kind="stable")[:, : found.top_layers] // 2
+    return Effects(depth(bench, best).mean(1) - 0.5, places=_places(found, rows))
 
 
-def related_categories_share(bench: Workbench, part: Part) -> Verdict:
-    """Judge that language, capital and country share heads, or layers, more than other pairs (Tables 4 and 10).
+def shared_with_related(bench: Workbench, part: Part) -> Effects:
+    """Measure how much more a prompt's top parts are shared with related categories than with others (Tables 4, 10).
 
     A prompt's own top parts are compared with those of whole categories, by the share that is in both. As a second
-    look at chance, the same is computed for every other way to call three of the categories related.
+    look at chance, the note says in how many of all ways to call three of the categories related as much is shared.
     """
     found = survey(bench)
-    number = _number(found, part)
     shared = _overlaps(found, part)
     effects, rows = _difference(found, shared, RELATED)
-    claim = claim_about(
-        bench,
-        "shared parts",
-        id=f"related categories share {part}",
-        sentence=f"the {number} most important {part} of a prompt are among those of a related category more often "
-        "than among those of an unrelated one",
-        source="Table 4" if part == "layers" else "Table 10",
-        effect=f"share of a prompt's top {part} among those of related categories, minus that for unrelated ones",
-        control="the unrelated categories; and every other choice of three categories to be called related",
-        comparisons=len(PARTS),
-    )
     note = ""
     if len(effects):
         number_related = len(RELATED & set(found.named))
         others = [frozenset(each) for each in combinations(found.named, number_related)]
         reached = np.mean([_difference(found, shared, each)[0].mean() >= effects.mean() - 1e-12 for each in others])
         note = f"{reached:.0%} of {len(others)} ways to call {number_related} categories related give as much"
-    return bench.judge(claim, effects, places=_places(found, rows), note=note)
+    return Effects(effects, places=_places(found, rows), note=note)
 
 
 def _difference(
@@ -114,7 +83,7 @@ def _difference(
 def _overlaps(found: Survey, part: Part) -> npt.NDArray[np.float64]:
     """Return which share of each prompt's top parts are top parts of each category, (prompts, categories)."""
     scores = found.layers if part == "layers" else found.heads
-    number = _number(found, part)
+    number = top_number(found, part)
     best = np.argsort(-scores, axis=1, kind="stable")[:, :number]
     shared = np.zeros((len(scores), len(found.named)))
     for column, category in enumerate(found.named):
@@ -123,7 +92,8 @@ def _overlaps(found: Survey, part: Part) -> npt.NDArray[np.float64]:
     return shared
 
 
-def _number(found: Survey, part: Part) -> int:
+def top_number(found: Survey, part: Part) -> int:
+    """Return how many layers, or heads, are the top ones; fewer in smaller models."""
     if part == "layers":
         return found.top_layers
     anatomy = found.bench.model.anatomy

@@ -14,19 +14,19 @@ import pandas as pd
 from scipy import stats
 
 from attribution.claims.about_methods.common import METHOD
-from attribution.claims.about_models.survey import Survey, claim_about, depth, survey, survey_of
+from attribution.claims.about_models.survey import Survey, depth, survey, survey_of
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
-from attribution.claims.judge import Verdict
+from attribution.claims.measured import Effects
 from attribution.records import Component, FFNNeuron, SublayerKind
 
 __all__ = [
     "SIDES",
     "depth_of_methods",
-    "few_neurons_carry_most",
-    "prob_increase_picks_deeper_neurons",
-    "prompts_share_neurons",
+    "found_in_other_prompts",
+    "how_much_deeper",
     "shared_neurons",
+    "sum_beyond_half",
     "sums_of_neurons",
 ]
 
@@ -35,7 +35,6 @@ SIDES: tuple[Side, ...] = ("value", "query")
 
 # Every neuron of these is scored, which costs as much as everything else.
 _SUMMED_PER_CATEGORY = 5
-_MIN_SUMMED = 20
 _SUMS = ("all", "positive", "top 100", "top 200")
 _K = 10
 _DEPTHS = (METHOD, "log_prob", "prob_increase")
@@ -57,29 +56,20 @@ def _sums(bench: Workbench, kind: SublayerKind) -> tuple[Survey, dict[str, npt.N
     return bench.once(("sums", kind), measured)
 
 
-def few_neurons_carry_most(bench: Workbench, kind: SublayerKind) -> Verdict:
-    """Judge that the paper's number of value neurons carries more than half of what all neurons of a kind add up to."""
+def sum_beyond_half(bench: Workbench, kind: SublayerKind) -> Effects:
+    """Measure by how much the top neurons of a kind sum to more than half of all, in nats (Tables 5 and 12).
+
+    The top neurons are the paper's number of value neurons, or all neurons of a smaller model.
+    """
     found, sums = _sums(bench, kind)
-    number = found.value_neurons(kind)
     top = sums["top 100"] if kind == "ffn" else sums["top 200"]
-    anatomy = bench.model.anatomy
-    each = anatomy.ffn_neurons if kind == "ffn" else anatomy.heads * anatomy.head_dim
-    claim = claim_about(
-        bench,
-        "sums of neurons",
-        id=f"few {kind} neurons carry most",
-        sentence=f"the top {number} {kind} neurons of a prompt sum to more than half of all of them together",
-        source="Tables 5 and 12",
-        effect="sum of the top neurons' importance minus half of the sum of all, in nats",
-        control="as many random neurons, which sum to their share of all",
-        comparisons=2,
-        min_prompts=_MIN_SUMMED,
-    )
     note = ""
     if len(top):
-        share = number / (anatomy.layers * each)
+        anatomy = bench.model.anatomy
+        each = anatomy.ffn_neurons if kind == "ffn" else anatomy.heads * anatomy.head_dim
+        share = found.value_neurons(kind) / (anatomy.layers * each)
         note = f"{top.mean():.2f} of {sums['all'].mean():.2f} nats, by at most {share:.1%} of the neurons"
-    return bench.judge(claim, top - sums["all"] / 2, places=found.places, note=note)
+    return Effects(top - sums["all"] / 2, places=found.places, note=note)
 
 
 def sums_of_neurons(bench: Workbench) -> Exhibit:
@@ -117,10 +107,13 @@ def _members(found: Survey, side: Side) -> npt.NDArray[np.bool_]:
     return members
 
 
-def prompts_share_neurons(bench: Workbench, category: str, side: Side) -> Verdict:
-    """Judge that a category's prompts have top neurons in common, beyond what their layers explain (Table 8).
+def found_in_other_prompts(bench: Workbench, category: str, side: Side) -> Effects:
+    """Measure how many top neurons that some prompts of a category share are found in others as well (Table 8).
 
     Neurons that are shared by most prompts of one random half are looked for in the prompts of the other.
+
+    Returns:
+        Shared neurons found in a prompt minus those expected by its layers, as a share of its top neurons.
     """
     found = survey(bench)
     rows, number = found.of(category), found.shared_of
@@ -134,19 +127,7 @@ def prompts_share_neurons(bench: Workbench, category: str, side: Side) -> Verdic
             others = members[~half]
             expected = (others.sum(-1) * shared.mean(-1)).sum(-1)
             effects[~half] = ((others & shared).sum((-2, -1)) - expected) / number
-    claim = claim_about(
-        bench,
-        "shared neurons",
-        id=f"prompts share {side} neurons",
-        sentence=f"FFN {side} neurons among the top {number} of more than half of some {category} prompts are among "
-        "those of others as well, more than neurons of the same layers",
-        source="Table 8",
-        effect=f"shared neurons found in a prompt minus those expected by its layers, as a share of its top {number}",
-        control="as many neurons drawn in each layer as the prompt has there",
-        category=category,
-        comparisons=len(SIDES),
-    )
-    return bench.judge(claim, effects, places=[found.places[row] for row in rows], seed=bench.seed)
+    return Effects(effects, places=[found.places[row] for row in rows], seed=bench.seed)
 
 
 def shared_neurons(bench: Workbench) -> Exhibit:
@@ -200,21 +181,22 @@ def _layers_by_method(bench: Workbench) -> tuple[Survey, dict[str, npt.NDArray[n
     return bench.once(("layers by method",), measured)
 
 
-def prob_increase_picks_deeper_neurons(bench: Workbench) -> Verdict:
-    """Judge that the increase of probability picks deeper neurons than that of log-probability (Figures 2 and 9)."""
+def how_much_deeper(bench: Workbench, one: str, other: str, *, k: int) -> Effects:
+    """Measure how much deeper the top k FFN neurons by one score are than those by another (Figures 2 and 9).
+
+    Args:
+        bench: The model with its prompts.
+        one: The one method, of those of the figures.
+        other: The other one.
+        k: How many neurons, at most ten.
+
+    Returns:
+        Differences of mean depths, which run from 0 for the first layer to 1 for the last.
+    """
     found, layers = _layers_by_method(bench)
-    increase, log_increase = (depth(bench, layers[name]).mean(1) for name in ("prob_increase", METHOD))
-    claim = claim_about(
-        bench,
-        "depth of neurons",
-        id="prob_increase picks deeper neurons",
-        sentence=f"the top {_K} FFN neurons by prob_increase lie deeper than those by {METHOD}",
-        source="Figures 2 and 9",
-        effect="mean depth of the one minus that of the other, from 0 for the first layer to 1 for the last",
-        control=f"the top {_K} of the same prompts by {METHOD}",
-    )
-    note = f"{increase.mean():.2f} against {log_increase.mean():.2f}" if len(increase) else ""
-    return bench.judge(claim, increase - log_increase, places=found.places, note=note)
+    first, second = (depth(bench, layers[name][:, :k]).mean(1) for name in (one, other))
+    note = f"{first.mean():.2f} against {second.mean():.2f}" if len(first) else ""
+    return Effects(first - second, places=found.places, note=note)
 
 
 def depth_of_methods(bench: Workbench) -> Exhibit:

@@ -1,4 +1,4 @@
-"""What the claims about models have in common: some prompts of each category, every part of the model scored once."""
+"""What measurements of models have in common: some prompts of each category, every part of the model scored once."""
 
 from __future__ import annotations
 
@@ -14,21 +14,17 @@ import pandas as pd
 from attribution.claims.about_methods.common import METHOD
 from attribution.claims.about_methods.query_neurons import query_budget
 from attribution.claims.bench import Workbench
-from attribution.claims.judge import Claim, Extremes
 from attribution.engine.batching import Progress
 from attribution.engine.queries import QueryRanking, query
 from attribution.engine.questions import question_of
 from attribution.engine.ranking import Ranking, Search, rank_all
-from attribution.models.registry import KNOWLEDGE_FAMILIES
 from attribution.records import Component, Head, Layer, Unit
 
-__all__ = ["PER_CATEGORY", "Survey", "claim_about", "depth", "survey", "survey_of"]
+__all__ = ["PER_CATEGORY", "Survey", "depth", "survey", "survey_of"]
 
 PER_CATEGORY = 50
 """Prompts of each category that are surveyed; more would narrow the intervals, not change what is seen."""
 
-_MIN_OF_CATEGORY = 20
-_MIN_POOLED = 100
 # The paper's numbers of value neurons of each kind, and of those that are looked at for sharing.
 _VALUE_NUMBERS: dict[Unit, int] = {"ffn": 100, "attention": 200}
 _SHARED_OF = 300
@@ -174,53 +170,3 @@ def survey(bench: Workbench) -> Survey:
 def depth(bench: Workbench, layers: Sequence[int] | npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
     """Return how deep layers lie: 0 for the first, 1 for the last."""
     return np.asarray(layers, dtype=np.float64) / max(1, bench.model.anatomy.layers - 1)
-
-
-def claim_about(
-    bench: Workbench,
-    family: str,
-    *,
-    id: str,
-    sentence: str,
-    source: str,
-    effect: str,
-    control: str,
-    threshold: float = 0.0,
-    category: str = "",
-    comparisons: int = 1,
-    min_prompts: int | None = None,
-    extremes: Extremes = "seen",
-) -> Claim:
-    """Return a claim about a model; the registry says which families of them are asserted for it.
-
-    It does not belong to a baseline: that compares methods.
-
-    Args:
-        bench: The model with its prompts.
-        family: One of :data:`attribution.models.registry.KNOWLEDGE_FAMILIES`.
-        id: See :class:`Claim`, as for the others.
-        sentence: What is claimed.
-        source: Table or figure.
-        effect: What the effect is.
-        control: What shows that it could have failed.
-        threshold: What the effect has to exceed.
-        category: The category that it is about; several are judged together.
-        comparisons: How many claims are judged together, in each category.
-        min_prompts: Fewer decide nothing; 20 of a category, or 100 of all, when ``None``.
-        extremes: See :class:`Claim`.
-    """
-    assert family in KNOWLEDGE_FAMILIES, family
-    return Claim(
-        id=f"{id}: {category}" if category else id,
-        sentence=sentence,
-        source=source,
-        effect=effect,
-        test="above",
-        threshold=threshold,
-        control=control,
-        min_prompts=min_prompts or (_MIN_OF_CATEGORY if category else _MIN_POOLED),
-        comparisons=comparisons * (len(bench.knowledge.words) if category else 1),
-        extremes=extremes,
-        family=family,
-        gated=False,
-    )

@@ -7,18 +7,18 @@ import numpy.typing as npt
 import pandas as pd
 
 from attribution.claims.about_methods.query_neurons import query_budget
-from attribution.claims.about_models.survey import Survey, claim_about, depth, survey
+from attribution.claims.about_models.survey import Survey, depth, survey
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
-from attribution.claims.judge import Verdict
+from attribution.claims.measured import Effects
 from attribution.records import SublayerKind
 
 __all__ = [
-    "attention_value_neurons_are_woken_below_ffn_ones",
+    "how_much_deeper_ffn_neurons_read",
+    "how_much_deeper_value_neurons_are",
     "query_and_value_neurons",
     "query_layers_of_attention_neurons",
     "query_layers_of_ffn_neurons",
-    "query_only_neurons_lie_shallower",
 ]
 
 _TABLES = {"ffn": "table_6", "attention": "table_14"}
@@ -40,26 +40,19 @@ def _shares(found: Survey, kind: SublayerKind) -> npt.NDArray[np.float64]:
     return shares
 
 
-def attention_value_neurons_are_woken_below_ffn_ones(bench: Workbench) -> Verdict:
-    """Judge that the layers which wake attention value neurons lie below those which wake FFN ones (Tables 6, 14)."""
+def how_much_deeper_ffn_neurons_read(bench: Workbench) -> Effects:
+    """Measure how much deeper the query layers of FFN value neurons are than those of attention ones (Tables 6, 14).
+
+    Returns:
+        Differences of mean depths, which run from 0 for the first layer to 1 for the last.
+    """
     found = survey(bench)
-    number = found.top_layers
     depths = {}
     for kind in ("attention", "ffn"):
-        best = np.argsort(-_shares(found, kind), axis=1, kind="stable")[:, :number] // 2
+        best = np.argsort(-_shares(found, kind), axis=1, kind="stable")[:, : found.top_layers] // 2
         depths[kind] = depth(bench, best).mean(1)
-    claim = claim_about(
-        bench,
-        "query layers",
-        id="attention value neurons are woken from below",
-        sentence=f"the {number} layers with the largest part in waking attention value neurons lie below those for FFN "
-        "value neurons",
-        source="Tables 6 and 14",
-        effect="mean depth of the query layers of FFN value neurons minus that for attention ones, 0 to 1",
-        control="the query layers of the same prompts' FFN value neurons",
-    )
     note = f"{depths['attention'].mean():.2f} against {depths['ffn'].mean():.2f}" if len(found.places) else ""
-    return bench.judge(claim, depths["ffn"] - depths["attention"], places=found.places, note=note)
+    return Effects(depths["ffn"] - depths["attention"], places=found.places, note=note)
 
 
 def query_layers_of_ffn_neurons(bench: Workbench) -> Exhibit:
@@ -92,26 +85,19 @@ def _split(found: Survey) -> tuple[npt.NDArray[np.int_], npt.NDArray[np.int_]]:
     return only, both
 
 
-def query_only_neurons_lie_shallower(bench: Workbench) -> Verdict:
-    """Judge that query neurons which are no value neurons lie below those which are (Figure 8)."""
+def how_much_deeper_value_neurons_are(bench: Workbench) -> Effects:
+    """Measure how much deeper those query neurons are that are value neurons too than the others (Figure 8).
+
+    Returns:
+        Differences of mean depths, which run from 0 for the first layer to 1 for the last.
+    """
     found = survey(bench)
     only, both = _split(found)
     rows = np.flatnonzero((only.sum(1) > 0) & (both.sum(1) > 0))
     scale = depth(bench, np.arange(bench.model.anatomy.layers))
     depths = [counts[rows] @ scale / counts[rows].sum(1) for counts in (only, both)]
-    number = query_budget(bench)
-    claim = claim_about(
-        bench,
-        "query neurons",
-        id="query-only neurons lie shallower",
-        sentence=f"of the top {number} query neurons, those that are not among the top {number} value neurons lie "
-        "below those that are",
-        source="Figure 8",
-        effect="mean depth of query neurons that are value neurons too, minus that of the others, 0 to 1",
-        control="the query neurons of the same prompts that are value neurons too",
-    )
     note = f"{depths[0].mean():.2f} against {depths[1].mean():.2f}" if len(rows) else ""
-    return bench.judge(claim, depths[1] - depths[0], places=[found.places[row] for row in rows], note=note)
+    return Effects(depths[1] - depths[0], places=[found.places[row] for row in rows], note=note)
 
 
 def query_and_value_neurons(bench: Workbench) -> Exhibit:

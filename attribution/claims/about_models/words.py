@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from attribution.claims.about_methods.common import METHOD, STEPS
-from attribution.claims.about_models.survey import Survey, claim_about, survey
+from attribution.claims.about_models.survey import Survey, survey
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
-from attribution.claims.judge import Verdict
+from attribution.claims.measured import Effects
 from attribution.engine.batching import batches_of
 from attribution.engine.importance import Candidates
 from attribution.engine.methods import method_named
@@ -25,9 +25,10 @@ from attribution.engine.vectors import table_of
 from attribution.experiments.selection_rule import one_token_words
 from attribution.records import Component, FFNNeuron, SublayerKind
 
-__all__ = ["interpretable_neurons", "neurons_raise_words_of_their_category"]
+__all__ = ["interpretable_neurons", "words_raised"]
 
 _NEURONS = 10
+# Tokens that are looked at, of those whose logits a neuron raises most.
 _TOKENS = 10
 _SHOWN = 3
 
@@ -69,12 +70,12 @@ def _word_ids(bench: Workbench) -> dict[str, Tensor]:
     }
 
 
-def _raised(candidates: Candidates, index: Tensor, words: Tensor) -> list[_Raised]:
+def _raised(candidates: Candidates, index: Tensor, words: Tensor, tokens: int) -> list[_Raised]:
     part = candidates.take(index)
-    tokens = part.update.topk(_TOKENS).indices
-    hits = (torch.isin(tokens, words) & (tokens != candidates.answer)).sum(-1)
+    raised = part.update.topk(tokens).indices
+    hits = (torch.isin(raised, words) & (raised != candidates.answer)).sum(-1)
     scores = method_named(METHOD, candidates.table.unit).score(part)
-    columns = (part.coefficient > 0, scores, tokens, hits)
+    columns = (part.coefficient > 0, scores, raised, hits)
     rows = zip(candidates.records(index), *(each.tolist() for each in columns), strict=True)
     return [_Raised(neuron, score, positive, tuple(top), hit) for neuron, positive, score, top, hit in rows]
 
@@ -93,7 +94,7 @@ def _others(candidates: Candidates, index: Tensor, question: Question, seed: int
     return torch.tensor(drawn, dtype=torch.long, device=index.device)
 
 
-def _measured(bench: Workbench, kind: SublayerKind) -> tuple[Survey, list[_OfPrompt]]:
+def _measured(bench: Workbench, kind: SublayerKind, tokens: int = _TOKENS) -> tuple[Survey, list[_OfPrompt]]:
     """Return the top neurons of every prompt of the survey, and others, with what they raise; measured once."""
 
     def measured() -> tuple[Survey, list[_OfPrompt]]:
@@ -107,36 +108,36 @@ def _measured(bench: Workbench, kind: SublayerKind) -> tuple[Survey, list[_OfPro
                 candidates, own = by_unit[kind], words[found.categories[row]]
                 best = top_k(candidates, method, min(_NEURONS, len(candidates))).indices
                 others = _others(candidates, best, questions[row], bench.seed)
-                of_prompt[row] = _OfPrompt(_raised(candidates, best, own), _raised(candidates, others, own))
+                of_prompt[row] = _OfPrompt(
+                    _raised(candidates, best, own, tokens), _raised(candidates, others, own, tokens)
+                )
         return found, [of_prompt[row] for row in range(len(questions))]
 
-    return bench.once(("words", kind), measured)
+    return bench.once(("words", kind, tokens), measured)
 
 
-def neurons_raise_words_of_their_category(bench: Workbench, category: str, kind: SublayerKind) -> Verdict:
-    """Judge that the tokens which value neurons raise are words of the category more often than random ones' are."""
-    found, of_prompt = _measured(bench, kind)
+def words_raised(bench: Workbench, category: str, kind: SublayerKind, *, tokens: int) -> Effects:
+    """Measure how many more words of their category top neurons raise than random neurons of the same layers (Table 9).
+
+    Args:
+        bench: The model with its prompts.
+        category: The category.
+        kind: The kind of neurons.
+        tokens: How many tokens are looked at, of those whose logits a neuron raises most.
+
+    Returns:
+        Differences of shares of these tokens. A prompt's answer does not count.
+    """
+    found, of_prompt = _measured(bench, kind, tokens)
     rows = found.of(category)
     shares = {
         name: np.array(
-            [np.mean([each.hits / _TOKENS for each in getattr(of_prompt[row], name)]) for row in rows], dtype=np.float64
+            [np.mean([each.hits / tokens for each in getattr(of_prompt[row], name)]) for row in rows], dtype=np.float64
         )
         for name in ("top", "others")
     }
-    claim = claim_about(
-        bench,
-        "words",
-        id=f"{kind} value neurons raise words of their category",
-        sentence=f"of the {_TOKENS} tokens that a top {kind} neuron of a {category} prompt raises most, more are other "
-        "words of the category than of those that random neurons raise",
-        source="Table 9",
-        effect="share of words of the category, without the answer itself, minus that of random neurons' tokens",
-        control="as many random neurons of the same layers, by the sign of their coefficient as well",
-        category=category,
-        comparisons=2,
-    )
     note = f"{shares['top'].mean():.1%} against {shares['others'].mean():.1%}" if len(rows) else ""
-    return bench.judge(claim, shares["top"] - shares["others"], places=[found.places[row] for row in rows], note=note)
+    return Effects(shares["top"] - shares["others"], places=[found.places[row] for row in rows], note=note)
 
 
 def interpretable_neurons(bench: Workbench) -> Exhibit:

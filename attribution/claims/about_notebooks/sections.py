@@ -1,11 +1,10 @@
-"""Each section of a notebook's figures, compared with what this engine recomputes; one verdict each."""
+"""Each section of a notebook's figures, compared with what this engine recomputes."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 from attribution.claims.about_notebooks.printed import (
@@ -19,13 +18,13 @@ from attribution.claims.about_notebooks.printed import (
 from attribution.claims.about_notebooks.recount import Recount
 from attribution.claims.about_notebooks.tolerance import Difference, Ranked, difference, half_a_unit, largest, same
 from attribution.claims.bench import Workbench
-from attribution.claims.judge import Claim, Verdict, judge_exact
+from attribution.claims.measured import Exact
 from attribution.claims.paper import paper_model
 from attribution.errors import BadInputError
 from attribution.prompts.tokens import encode
 from attribution.records import Component, Layer, Neuron, SublayerKind, Unit
 
-__all__ = ["Comparison", "agrees_with_the_notebook"]
+__all__ = ["Comparison", "cells_of", "farthest_figure", "figures_about"]
 
 _Read: TypeAlias = Callable[[str], Neuron]
 
@@ -249,11 +248,11 @@ def _mean_layers(ranked: Ranked[Component], number: int) -> tuple[float, float]:
     return sum(fixed + low) / number, sum(fixed + high) / number
 
 
-def agrees_with_the_notebook(bench: Workbench, section: str) -> Verdict:
-    """Judge that a section of what the paper's notebook about this model printed is what the engine computes.
+def figures_about(bench: Workbench, section: str) -> Figures:
+    """Return what the paper's notebook about a model printed.
 
     Raises:
-        BadInputError: If no notebook is about the model.
+        BadInputError: If no notebook is about the model, or the notebooks have no such section.
     """
     name = paper_model(bench.model.name)
     if name is None or section not in SECTIONS:
@@ -261,27 +260,18 @@ def agrees_with_the_notebook(bench: Workbench, section: str) -> Verdict:
             f"no notebook printed {section!r} for the model {bench.model.name!r}; use one of the paper's models and "
             f"one of {', '.join(SECTIONS)}."
         )
-    figures = figures_of(name)
-    return judge_differences(bench, section, figures, Comparison.of(bench, figures).differences(section))
+    return figures_of(name)
 
 
-def judge_differences(bench: Workbench, section: str, figures: Figures, differences: Iterable[Difference]) -> Verdict:
-    """Judge the differences of a section; the verdict's effect is the largest, in tolerances."""
-    found = list(differences)
-    worst = largest(found)
+def cells_of(figures: Figures, section: str) -> str:
+    """Return where a section was printed."""
     printed = figures[section]
     cells = printed["cells"] if "cells" in printed else [printed["cell"]]
-    where = f"notebook cell{'s' * (len(cells) > 1)} {', '.join(map(str, cells))}"
-    claim = Claim(
-        id=f"notebook: {section.replace('_', ' ')}",
-        sentence=f"{section.replace('_', ' ')} of the notebook's prompt are what the notebook printed",
-        source=where,
-        effect="largest difference of a figure, in tolerances of print and float32",
-        test="at_most",
-        threshold=1,
-        control="each kind of figure, changed by three printed units, exceeds it (claims/test_published.py)",
-        # The printed figures are the baseline.
-        gated=False,
-    )
-    verdict = judge_exact(claim, model=bench.model.name, effect=worst.size, n=1, facts=1)
-    return replace(verdict, note=f"{len(found)} comparisons, the farthest: {worst.what}")
+    return f"notebook cell{'s' * (len(cells) > 1)} {', '.join(map(str, cells))}"
+
+
+def farthest_figure(bench: Workbench, figures: Figures, section: str) -> Exact:
+    """Measure the largest difference of a section's figures from what the engine computes, in tolerances."""
+    found = Comparison.of(bench, figures).differences(section)
+    worst = largest(found)
+    return Exact(worst.size, prompts=1, facts=1, note=f"{len(found)} comparisons, the farthest: {worst.what}")

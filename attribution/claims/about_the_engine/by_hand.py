@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attribution.claims.bench import Workbench
-from attribution.claims.judge import Claim, Verdict, judge_exact
+from attribution.claims.measured import Exact
 from attribution.engine.ablation import ablate
 from attribution.engine.decomposition import worst
 from attribution.engine.questions import Question
@@ -27,7 +27,7 @@ from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import pad
 from attribution.records import AttentionNeuron, Component, FFNNeuron, Head, SublayerKind
 
-__all__ = ["ABLATIONS", "BACKWARD", "ablation_is_what_hooks_do", "backward_passes_are_what_hooks_find"]
+__all__ = ["ABLATIONS", "BACKWARD", "difference_of_ablations", "difference_of_scores", "tolerance"]
 
 ABLATIONS = ("zero", "mean", "resample", "at one source position")
 """What is ablated by hand: three kinds at all positions, and zero as read by the last position alone."""
@@ -37,8 +37,6 @@ BACKWARD = ("gradient_x_activation", "integrated_gradients", "atp_star")
 
 # Neurons of each unit that are ablated together.
 _ABLATED = 10
-# Neurons of each unit whose scores are compared.
-_RANKED = 50
 # Points on the path of integrated gradients.
 _STEPS = 3
 
@@ -53,7 +51,7 @@ def _prompts(bench: Workbench) -> tuple[list[Prompt], list[Question]]:
     return [bench.prompts[place] for place in places], [bench.questions[place] for place in places]
 
 
-def _tolerance(model: Model) -> float:
+def tolerance(model: Model) -> float:
     """Return the share of an effect that rounding may move: the root of epsilon, half of the digits.
 
     How far later layers amplify rounding has no tight bound. A wrong place or sign moves all of an effect.
@@ -168,21 +166,18 @@ def _at_sources(model: Model, ids: Sequence[int], neurons: Sequence[AttentionNeu
         return _log_probs(model, ids, {(layer, "attention"): take_away})
 
 
-def ablation_is_what_hooks_do(bench: Workbench, kind: str) -> Verdict:
-    """Judge ablation of a kind of :data:`ABLATIONS`: of the best neurons of both units, and of a head."""
+def difference_of_ablations(bench: Workbench, kind: str) -> Exact:
+    """Measure how far ablation of a kind of :data:`ABLATIONS` is from what hooks do.
+
+    The best neurons of both units and a head are ablated.
+
+    Returns:
+        The largest difference of log-probabilities as a share of the change by ablation, L2 norms.
+    """
     at_source = kind not in ("zero", "mean", "resample")
-    claim = Claim(
-        id=f"ablation by hand: {kind}",
-        sentence=f"ablation ({kind}) of chosen records is what hooks on the plain model do to the same neurons",
-        source="ours",
-        effect="difference of log-probabilities as a share of the change by ablation, L2 norms",
-        test="at_most",
-        threshold=_tolerance(bench.model),
-        control="an edit at another place, or with another value, differs by all of the change (docs/faults.md)",
-    )
     prompts, questions = _prompts(bench)
     if len(prompts) < 2:
-        return judge_exact(claim, model=bench.model.name, effect=0.0, n=0, facts=0)
+        return Exact(0.0, prompts=0, facts=0)
     best = [attribute(bench.model, prompts, unit=unit, k=_ABLATED) for unit in ("ffn", "attention")]
     variants: list[list[Any]] = []
     for number, (ffn, attention) in enumerate(zip(*best, strict=True)):
@@ -209,7 +204,7 @@ def ablation_is_what_hooks_do(bench: Workbench, kind: str) -> Verdict:
         found = row.to(expected.device, expected.dtype).log_softmax(-1)
         change = (expected - _log_probs(bench.model, question.ids, {})).norm()
         errors.append(float((found - expected).norm() / change))
-    return judge_exact(claim, model=bench.model.name, effect=worst(errors), n=len(errors), facts=len(errors))
+    return Exact(worst(errors), prompts=len(errors), facts=len(errors))
 
 
 @contextmanager
@@ -279,29 +274,24 @@ def _effects(model: Model, question: Question, method: str, unit: SublayerKind) 
     return torch.stack([times_coefficients(path) for path in paths]).mean(0)
 
 
-def backward_passes_are_what_hooks_find(bench: Workbench, method: str) -> Verdict:
-    """Judge the scores and the order of a method of :data:`BACKWARD` by gradients of the plain model."""
-    claim = Claim(
-        id=f"scores by hand: {method}",
-        sentence=f"scores by {method} are what gradients of the plain model say",
-        source="ours",
-        effect=f"difference of the top {_RANKED} scores of a unit as a share of them, L2 norms",
-        test="at_most",
-        threshold=_tolerance(bench.model),
-        control="a slope at another place or position differs by the score (docs/faults.md)",
-    )
+def difference_of_scores(bench: Workbench, method: str, *, k: int) -> Exact:
+    """Measure how far the top k scores by a method of :data:`BACKWARD`, and their order, are from gradients by hand.
+
+    Returns:
+        The largest difference of the scores of a unit as a share of them, L2 norms.
+    """
     prompts, questions = _prompts(bench)
     errors = []
     units: tuple[SublayerKind, SublayerKind] = ("ffn", "attention")
     for unit in units if prompts else ():
-        rankings = attribute(bench.model, prompts, unit=unit, method=method, k=_RANKED, steps=_STEPS)
+        rankings = attribute(bench.model, prompts, unit=unit, method=method, k=k, steps=_STEPS)
         for question, ranking in zip(questions, rankings, strict=True):
             effects = _effects(bench.model, question, method, unit)
             own = torch.stack([effects[_place(neuron)] for neuron in ranking.neurons])
-            best = effects.flatten().topk(_RANKED).values
+            best = effects.flatten().topk(k).values
             scores = ranking.scores.to(own.device)
             errors += [float((scores - expected).norm() / best.norm()) for expected in (own, best)]
-    return judge_exact(claim, model=bench.model.name, effect=worst(errors), n=len(prompts), facts=len(prompts))
+    return Exact(worst(errors), prompts=len(prompts), facts=len(prompts))
 
 
 def _place(neuron: Any) -> tuple[int, ...]:

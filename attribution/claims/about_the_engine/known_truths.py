@@ -1,8 +1,8 @@
-"""The judge and the metrics are right: verdicts and outcomes of numbers whose truth is known.
+"""What the judge and the metrics make of inputs with known answers.
 
-They are the last thing between a measurement and what is believed of it, and nothing measured on a model would show
-that they err. So they get numbers made for the purpose, of which each likely mistake makes something else. The verdicts
-here are put together by hand: a broken judge must not judge itself.
+They are the last step between a measurement and what is believed of it, and nothing measured on a model would show
+their mistakes. So they get numbers made for the purpose, of which each likely mistake makes something else. The
+verdicts on them are put together by hand, see :func:`verdict_by_hand`: a broken judge must not judge itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attribution.engine.metrics import Outcome, by_metric, measure
 from attribution.errors import BadInputError
 from attribution.experiments.selection_rule import outranks_rivals
 
-__all__ = ["judge_gives_known_verdicts", "metrics_give_known_outcomes"]
+__all__ = ["Mistakes", "mistakes_of_the_judge", "mistakes_of_the_metrics", "verdict_by_hand"]
 
 _NUMBER = 100
 # Of the mean of that many numbers of standard deviation 1.
@@ -157,6 +157,24 @@ _EXACT = {
 }
 
 
+@dataclass(frozen=True)
+class Mistakes:
+    """What went wrong with inputs whose answers are known.
+
+    Attributes:
+        wrong: Which inputs have a wrong answer.
+        cases: How many inputs there are.
+    """
+
+    wrong: list[str]
+    cases: int
+
+
+def mistakes_of_the_judge() -> Mistakes:
+    """Judge samples whose verdict follows from the normal distribution."""
+    return Mistakes(_judged_wrongly(), len(_cases()) + len(_EXACT))
+
+
 def _judged_wrongly() -> list[str]:
     wrong = [case.what for case in _cases() if case.verdict() is not case.right]
     for (what, effect, n), right in _EXACT.items():
@@ -192,6 +210,11 @@ def _close(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=10 * float(torch.finfo(torch.float32).eps))
 
 
+def mistakes_of_the_metrics() -> Mistakes:
+    """Measure logits whose rank and probability are known, by the metrics and by the selection rule."""
+    return Mistakes(_measured_wrongly(), len(_OUTCOMES) + len(_SELECTED) + 1)
+
+
 def _measured_wrongly() -> list[str]:
     wrong = []
     for what, (logits, answer, rank, logp) in _OUTCOMES.items():
@@ -208,36 +231,8 @@ def _measured_wrongly() -> list[str]:
     return wrong
 
 
-def _verdict(bench: Workbench, claim: Claim, wrong: list[str], cases: int) -> Verdict:
-    status, number = _REFUTED if wrong else _SUPPORTED, float(len(wrong))
-    note = f"wrong: {'; '.join(wrong)}" if wrong else ""
-    return Verdict(claim, bench.model.name, status, number, number, number, cases, cases, note=note)
-
-
-def judge_gives_known_verdicts(bench: Workbench) -> Verdict:
-    """Judge the judge: samples of which the verdict follows from the normal distribution."""
-    claim = Claim(
-        id="judge: known verdicts",
-        sentence="numbers with a known mean and spread get the verdicts that follow from these",
-        source="ours",
-        effect="samples with another verdict",
-        test="at_most",
-        threshold=0,
-        control="each sample gets another verdict from a judge with one mistake (docs/faults.md)",
-    )
-    return _verdict(bench, claim, _judged_wrongly(), len(_cases()) + len(_EXACT))
-
-
-def metrics_give_known_outcomes(bench: Workbench) -> Verdict:
-    """Judge the metrics and the selection rule: logits of which rank and probability are known."""
-    claim = Claim(
-        id="metrics: known outcomes",
-        sentence="rank, reciprocal rank, probability, log-probability and the selection rule are right of logits made "
-        "for the purpose",
-        source="ours",
-        effect="logits that are measured wrongly",
-        test="at_most",
-        threshold=0,
-        control="each logit vector is measured otherwise with one mistake (docs/faults.md)",
-    )
-    return _verdict(bench, claim, _measured_wrongly(), len(_OUTCOMES) + len(_SELECTED) + 1)
+def verdict_by_hand(bench: Workbench, claim: Claim, mistakes: Mistakes) -> Verdict:
+    """Return the verdict on a claim that there are no mistakes, without the judge."""
+    status, number = _REFUTED if mistakes.wrong else _SUPPORTED, float(len(mistakes.wrong))
+    note = f"wrong: {'; '.join(mistakes.wrong)}" if mistakes.wrong else ""
+    return Verdict(claim, bench.model.name, status, number, number, number, mistakes.cases, mistakes.cases, note=note)

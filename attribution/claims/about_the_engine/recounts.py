@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attribution.claims.about_methods.common import BASELINES, METHOD, STEPS
 from attribution.claims.bench import Workbench
-from attribution.claims.judge import Claim, Verdict, judge_exact
+from attribution.claims.measured import Exact
 from attribution.engine.batching import batches_of
 from attribution.engine.decomposition import rounding
 from attribution.engine.importance import Candidates
@@ -36,10 +36,11 @@ from attribution.records import AttentionNeuron, Component, FFNNeuron, HeadPosit
 __all__ = [
     "SCORED_UNITS",
     "SEARCHED_UNITS",
-    "controls_are_drawn_as_stated",
-    "query_scores_follow_their_definition",
-    "scores_follow_their_definition",
-    "top_neurons_are_the_top",
+    "draws_not_as_stated",
+    "neurons_out_of_place",
+    "query_scores_off",
+    "scores_defined_for",
+    "scores_off",
 ]
 
 SCORED_UNITS: tuple[Unit, ...] = ("ffn", "attention", "neuron", "head", "head_position", "layer")
@@ -52,8 +53,10 @@ SEARCHED_UNITS: tuple[Unit, ...] = ("ffn", "attention")
 _PROMPTS = 3
 # Candidates of a prompt, evenly spread over all of them.
 _SAMPLED = 50
-# Numbers of two rankings; the shorter must be the beginning of the longer.
-_SHORT, _LONG = 10, 30
+# How many times longer the long ranking is than the short one, which must be its beginning.
+_LONGER = 3
+# Neurons of the experiments that must be told apart.
+_ABLATED = 10
 # Neurons that are drawn at random, and by which matched ones are drawn.
 _DRAWN = 50
 # Value neurons whose query side is counted again.
@@ -205,60 +208,44 @@ def _outside(scores: Tensor, limits: tuple[Tensor, Tensor]) -> int:
     return int((~((scores >= limits[0]) & (scores <= limits[1]))).sum())
 
 
-def _exact(bench: Workbench, claim: Claim, wrong: float) -> Verdict:
+def _exact(bench: Workbench, wrong: float) -> Exact:
     prompts = len(_places(bench))
-    return judge_exact(claim, model=bench.model.name, effect=float(wrong), n=prompts, facts=prompts)
+    return Exact(float(wrong), prompts=prompts, facts=prompts)
 
 
-def scores_follow_their_definition(bench: Workbench, unit: Unit) -> Verdict:
-    """Judge the paper's eight scores of single candidates, as far as they are defined for a unit."""
-    names = [name for name in (METHOD, *BASELINES) if unit in METHODS[name].units]
-    claim = Claim(
-        id=f"scores by definition: {unit}",
-        sentence=f"the {len(names)} scores a) to h) of Table 2 that a {unit} candidate has are what they are defined "
-        "to be, and none exceeds its bound",
-        source="Eq. 13 and Table 2",
-        effect="scores and bounds off by more than rounding",
-        test="at_most",
-        threshold=0,
-        control="a wrong stream, scale, coefficient or vector puts scores off (docs/faults.md)",
-    )
+def scores_defined_for(unit: Unit) -> list[str]:
+    """Return the methods of the paper's eight scores a) to h) that are defined for a unit."""
+    return [name for name in (METHOD, *BASELINES) if unit in METHODS[name].units]
+
+
+def scores_off(bench: Workbench, unit: Unit) -> Exact:
+    """Count the scores of single candidates, and the bounds on them, that are off by more than rounding."""
     wrong = 0
     for traced in _traced(bench):
         records, limits = _sample(traced, unit)
         part = traced.candidates[unit].take(_sampled(traced.candidates[unit]))
         wrong += part.records(torch.arange(len(part))) != records
-        for name in names:
+        for name in scores_defined_for(unit):
             method = METHODS[name]
             wrong += _outside(score_candidates(method, part), limits[name])
             if method.bound is not None:
                 wrong += int((bound_candidates(method, part) < limits[name][0]).sum())
-    return _exact(bench, claim, wrong)
+    return _exact(bench, wrong)
 
 
-def top_neurons_are_the_top(bench: Workbench, unit: Unit) -> Verdict:
-    """Judge rankings by the paper's eight scores: what they say of each neuron, their order, and what they leave out.
+def neurons_out_of_place(bench: Workbench, unit: Unit, *, k: int) -> Exact:
+    """Count what is wrong with top k rankings by the paper's eight scores: scores, order, and what they leave out.
 
     The short ranking is found by another search than the long one, of which it must be the beginning. Of equal
     scores, the earlier record comes first.
     """
-    claim = Claim(
-        id=f"top {_SHORT} by definition: {unit}",
-        sentence=f"rankings of the top {_SHORT} {unit} neurons by the scores of Table 2 leave nothing better out, "
-        "stand in order and belong to their prompts",
-        source="ours",
-        effect="neurons out of place",
-        test="at_most",
-        threshold=0,
-        control="a search that stops early or looks at the wrong end misplaces neurons (docs/faults.md)",
-    )
     prompts, every_traced = [bench.prompts[place] for place in _places(bench)], _traced(bench)
     sampled = [_sample(traced, unit) for traced in every_traced]
     wrong = 0
     for name in (METHOD, *BASELINES) if prompts else ():
-        short, long = (attribute(bench.model, prompts, unit=unit, method=name, k=k) for k in (_SHORT, _LONG))
+        short, long = (attribute(bench.model, prompts, unit=unit, method=name, k=each) for each in (k, _LONGER * k))
         for number, (prompt, best, more) in enumerate(zip(prompts, short, long, strict=True)):
-            wrong += best.neurons != more.neurons[:_SHORT]
+            wrong += best.neurons != more.neurons[:k]
             wrong += (best.prompt, best.answer) != (prompt.text, prompt.answer)
             wrong += _outside(more.scores, _limits(every_traced[number], more.neurons)[name])
             steps = pairwise(zip(more.scores.tolist(), more.neurons, strict=True))
@@ -270,7 +257,7 @@ def top_neurons_are_the_top(bench: Workbench, unit: Unit) -> Verdict:
             records, limits = sampled[number]
             left_out = torch.tensor([record not in more.neurons for record in records])
             wrong += int((limits[name][0][left_out] > more.scores[-1]).sum())
-    return _exact(bench, claim, wrong)
+    return _exact(bench, wrong)
 
 
 @dataclass(frozen=True)
@@ -379,25 +366,15 @@ def _misread(traced: _Traced, found: QueryRanking, given: Ranking) -> int:
     return wrong + int((found.scores.diff() > 0).sum())
 
 
-def query_scores_follow_their_definition(bench: Workbench) -> Verdict:
-    """Judge query scores of layers and of FFN neurons, for the best FFN and attention neurons."""
-    claim = Claim(
-        id="query scores by definition",
-        sentence="query scores are the shares that components and FFN neurons have in the value neurons' "
-        "pre-activations, weighted by importance",
-        source="arXiv 2312.12141, normalised as in its published code, with centring and biases",
-        effect="scores off by more than rounding",
-        test="at_most",
-        threshold=0,
-        control="a wrong position, norm, weight or component puts scores off (docs/faults.md)",
-    )
+def query_scores_off(bench: Workbench) -> Exact:
+    """Count the query scores of layers and of FFN neurons, for the best FFN and attention neurons, that are off."""
     prompts = [bench.prompts[place] for place in _places(bench)]
     wrong = 0
     if prompts:
         best = attribute(bench.model, prompts, unit="neuron", k=_VALUE_NEURONS)
         found = query(bench.model, prompts, value_neurons=best, k=None)
         wrong = sum(_misread(*each) for each in zip(_traced(bench), found, best, strict=True))
-    return _exact(bench, claim, wrong)
+    return _exact(bench, wrong)
 
 
 def _drawn_otherwise(bench: Workbench) -> int:
@@ -440,7 +417,7 @@ def _matched_otherwise(traced: _Traced, unit: Unit) -> int:
 def _mixed_up(bench: Workbench) -> int:
     """Return how many experiments with a few prompts are taken for others, or ablate another number of neurons."""
     prompts = [bench.prompts[place].text for place in bench.part(_PROMPTS)]
-    arms = [(_SHORT, "zero", 0), (_SHORT, "zero", 1), (_SHORT, "mean", 0), (_SHORT + 1, "zero", 0)]
+    arms = [(_ABLATED, "zero", 0), (_ABLATED, "zero", 1), (_ABLATED, "mean", 0), (_ABLATED + 1, "zero", 0)]
     frames = [bench.frames(("random",), k, kind=kind, seed=seed, number=_PROMPTS)["random"] for k, kind, seed in arms]
     wrong: int = sum(frame["prompt"].tolist() != prompts for frame in frames)
     for frame, (k, _, _) in zip(frames, arms, strict=True):
@@ -448,20 +425,10 @@ def _mixed_up(bench: Workbench) -> int:
     return wrong + len(frames) - len({tuple(frame["logp_after"]) for frame in frames})
 
 
-def controls_are_drawn_as_stated(bench: Workbench) -> Verdict:
-    """Judge random neurons, matched neurons, and what the workbench remembers of experiments with them."""
-    claim = Claim(
-        id="controls by definition",
-        sentence="random neurons are drawn uniformly, anew for each prompt and seed; matched ones are other neurons of "
-        "the same layers; experiments with them are told apart",
-        source="ours",
-        effect="draws that are not as stated",
-        test="at_most",
-        threshold=0,
-        control="one draw for all prompts, or among the chosen neurons, is not as stated (docs/faults.md)",
-    )
+def draws_not_as_stated(bench: Workbench) -> Exact:
+    """Count mistakes in random neurons, matched neurons, and what the bench remembers of experiments with them."""
     wrong = 0
     if _places(bench):
         wrong = _drawn_otherwise(bench) + _mixed_up(bench)
         wrong += sum(_matched_otherwise(traced, unit) for traced in _traced(bench) for unit in SEARCHED_UNITS)
-    return _exact(bench, claim, wrong)
+    return _exact(bench, wrong)
