@@ -19,12 +19,12 @@ def add_command(commands: Any) -> None:
 def run(_: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
     from attribution.engine.methods import METHODS
-    from attribution.report.explanation_text import aligned
+    from attribution.report.table import Table
 
-    columns = [("name", False), ("units", False), ("forward", False), ("backward", False), ("source", False)]
-    rows = [
+    columns = ("name", "units", "forward", "backward", "source")
+    rows = (
         (each.name, ", ".join(each.units), str(each.forward), str(each.backward), each.source)
         for each in METHODS.values()
-    ]
-    print_text("\n".join(aligned(columns, rows)))
+    )
+    print_text("\n".join(Table.of(columns, rows).text()))
     return 0

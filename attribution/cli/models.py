@@ -19,12 +19,12 @@ def add_command(commands: Any) -> None:
 
 def run(_: argparse.Namespace) -> int:
     """Run the command; return its exit status."""
-    from attribution.report.explanation_text import aligned
+    from attribution.report.table import Table
 
-    rows = [
+    columns = ("name", "marker", "source", "revision", "dtype", "bundled")
+    rows = (
         (each.name, each.marker, each.source, each.revision[:12], each.dtype, "yes" if each.bundled else "no")
         for each in registry().values()
-    ]
-    columns = [(name, False) for name in ("name", "marker", "source", "revision", "dtype", "bundled")]
-    print_text("\n".join(aligned(columns, rows)))
+    )
+    print_text("\n".join(Table.of(columns, rows).text()))
     return 0

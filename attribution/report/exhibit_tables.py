@@ -10,28 +10,16 @@ from typing import Any, TypeAlias
 from attribution.claims.exhibits import Cell, Exhibit
 from attribution.claims.paper import published, worked_example
 from attribution.prompts.knowledge import CATEGORIES
+from attribution.report.table import Column, Table
 
-__all__ = ["MISSING", "Row", "Table", "in_order", "published_table", "rows_of", "tables_of", "worked_example_table"]
+__all__ = ["MISSING", "Row", "in_order", "published_table", "rows_of", "tables_of", "worked_example_table"]
 
 MISSING = "-"
+# The one column whose cells hold several words, so that a page may break their lines.
+_WORDS = "tokens"
 
 Row: TypeAlias = Mapping[str, Cell]
 _Format: TypeAlias = Callable[[Any], str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as a page takes it.
-
-    Attributes:
-        caption: What its cells are.
-        columns: Headings, with whether numbers stand below.
-        rows: Text.
-    """
-
-    caption: str
-    columns: list[tuple[str, bool]]
-    rows: list[list[str]]
 
 
 def _decimals(number: int, factor: float = 1) -> _Format:
@@ -91,7 +79,7 @@ _LAYOUTS = {
         {
             "score": ("score (nats)", _decimals(3)),
             "sign": ("sign", None),
-            "tokens": ("tokens", None),
+            "tokens": (_WORDS, None),
             "hits": ("hits", _COUNT),
         },
         merge=False,
@@ -157,12 +145,12 @@ def worked_example_table() -> tuple[Table, str]:
             ", ".join(f"{each:.{digits}f}" for each in row) for row, digits in ((computed, 3), (printed, 2))
         ]
         rows.append([str(vector), str(after), *probabilities])
-    columns = [(name, False) for name in ("bs(v)", "bs(x+v)", "p(x+v), computed here", "p(x+v), paper")]
+    columns = ("bs(v)", "bs(x+v)", "p(x+v), computed here", "p(x+v), paper")
     seen = (
         f"Computed here as softmax(bs(x) + bs(v)), the printed numbers are met within {farthest:.3f}. Vectors whose "
         "entries differ in the same way, as in rows 2 and 3, do the same, however large they are."
     )
-    return Table(f"bs(x) = {worked_example()[0][0]}", columns, rows), seen
+    return Table.of(columns, rows, f"bs(x) = {worked_example()[0][0]}"), seen
 
 
 def _published(name: str, model: str) -> list[dict[str, Cell]]:
@@ -188,12 +176,14 @@ def _key(layout: _Layout, row: Row) -> tuple[str, ...]:
 
 def _listed(layout: _Layout, rows: Sequence[Row], text: _Text, caption: str = "") -> Table:
     """Return one row for each row."""
-    columns = [(heading, False) for heading in layout.key.values()]
-    columns += [(heading, form is not None) for heading, form in layout.values.values()]
-    cells = [
-        [*_key(layout, row), *(text(row[name], form) for name, (_, form) in layout.values.items())] for row in rows
+    columns = [
+        *map(Column, layout.key.values()),
+        *(_column(heading, form is not None) for heading, form in layout.values.values()),
     ]
-    table = Table(caption, columns, cells)
+    cells = (
+        [*_key(layout, row), *(text(row[name], form) for name, (_, form) in layout.values.items())] for row in rows
+    )
+    table = Table.of(columns, cells, caption)
     # Of ours, a column in which every number is missing has to be seen.
     return _without_empty(table, columns) if text is _printed else table
 
@@ -201,9 +191,9 @@ def _listed(layout: _Layout, rows: Sequence[Row], text: _Text, caption: str = ""
 def _beside(layout: _Layout, ours: Sequence[Row], paper: Sequence[Row]) -> Table:
     """Return our columns, each with the paper's to its right."""
     by_key = [{_key(layout, row): row for row in rows} for rows in (ours, paper)]
-    columns = [(heading, False) for heading in layout.key.values()]
+    columns = list(map(Column, layout.key.values()))
     for heading, form in layout.values.values():
-        columns += [(heading, form is not None), (f"{heading}, paper", form is not None)]
+        columns += [_column(heading, form is not None), _column(f"{heading}, paper", form is not None)]
     rows = []
     for key in dict.fromkeys([*by_key[0], *by_key[1]]):
         cells = list(key)
@@ -211,7 +201,7 @@ def _beside(layout: _Layout, ours: Sequence[Row], paper: Sequence[Row]) -> Table
             for found, text in zip(by_key, (_written, _printed), strict=True):
                 cells.append(text(found[key][name], form) if key in found else MISSING)
         rows.append(cells)
-    return _without_empty(Table("", columns, rows), columns[len(layout.key) + 1 :: 2])
+    return _without_empty(Table.of(columns, rows), columns[len(layout.key) + 1 :: 2])
 
 
 def _across(layout: _Layout, ours: Sequence[Row], paper: Sequence[Row], caption: str = "") -> Table:
@@ -224,17 +214,22 @@ def _across(layout: _Layout, ours: Sequence[Row], paper: Sequence[Row], caption:
     firsts = in_order(key[0] for key in found)
     names = in_order(name for by_label in found.values() for cells in by_label.values() for name in cells)
     both = bool(ours and paper)
-    columns = [(heading, False) for heading in layout.key.values()] + ([("from", False)] if both else [])
-    columns += [(name, all(form is not None for _, form in layout.values.values())) for name in names]
-    lines = [
+    numbers = all(form is not None for _, form in layout.values.values())
+    columns: list[Column | str] = [*layout.key.values(), *(["from"] if both else [])]
+    columns += [_column(name, numbers) for name in names]
+    lines = (
         [*key, *([label] if both else []), *(cells.get(name, MISSING) for name in names)]
         for key, by_label in sorted(found.items(), key=lambda item: firsts.index(item[0][0]))
         for label, cells in by_label.items()
-    ]
-    return Table(": ".join(filter(None, (caption, layout.unit))), columns, lines)
+    )
+    return Table.of(columns, lines, ": ".join(filter(None, (caption, layout.unit))))
 
 
-def _without_empty(table: Table, columns: Sequence[tuple[str, bool]]) -> Table:
+def _column(heading: str, numbers: bool) -> Column:
+    return Column(heading, "number" if numbers else "words" if heading == _WORDS else "text")
+
+
+def _without_empty(table: Table, columns: Sequence[Column]) -> Table:
     """Leave out the columns of the paper that it does not have: no chance level, and no category of its neurons."""
     empty = [
         place
@@ -242,5 +237,5 @@ def _without_empty(table: Table, columns: Sequence[tuple[str, bool]]) -> Table:
         if column in columns and all(row[place] in ("", MISSING) for row in table.rows)
     ]
     kept = [place for place in range(len(table.columns)) if place not in empty]
-    rows = [[row[place] for place in kept] for row in table.rows]
-    return Table(table.caption, [table.columns[place] for place in kept], rows)
+    rows = ([row[place] for place in kept] for row in table.rows)
+    return Table.of([table.columns[place] for place in kept], rows, table.caption)

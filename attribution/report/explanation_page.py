@@ -6,6 +6,7 @@ from attribution.experiments.explanation import Explanation
 from attribution.report.drawing import COLORS, HATCHES, canvas, svg
 from attribution.report.explanation_text import Section, sections_of
 from attribution.report.page import render
+from attribution.report.table import Column, Table
 
 __all__ = ["render_page"]
 
@@ -27,21 +28,21 @@ def render_page(explanation: Explanation) -> str:
         "explain.html",
         title=sections[0].title,
         sections=sections,
-        tables={section.name: _table(section) for section in sections if section.rows},
+        tables={section.name: _with_words(section.table, section) for section in sections if section.table is not None},
         figures=figures,
     )
 
 
-def _table(section: Section) -> tuple[tuple[tuple[str, bool], ...], list[tuple[str, ...]]]:
-    """Return a section's columns and rows, words being columns like others; lines break between them only."""
+def _with_words(table: Table, section: Section) -> Table:
+    """Return a section's table with its words as columns like the others; lines break only between words."""
     from markupsafe import Markup
 
     word = Markup("<span>{}</span>")
     rows = []
-    for number, row in enumerate(section.rows):
+    for number, row in enumerate(table.rows):
         lists = [Markup(", ").join(word.format(each) for each in cells[number]) for cells in section.words.values()]
         rows.append((*row, *lists))
-    return (*section.columns, *((name, False) for name in section.words)), rows
+    return Table.of((*table.columns, *(Column(name, "words") for name in section.words)), rows)
 
 
 def _layers(explanation: Explanation) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from attribution.records import AttentionNeuron, FFNNeuron
+from attribution.report.table import Column, Table, width_of
 
 if TYPE_CHECKING:
     from attribution.engine.metrics import Outcome
     from attribution.experiments.explanation import Explanation, QueryLayer, ValueNeuron
 
-__all__ = ["ASCII", "UNICODE", "Glyphs", "Section", "aligned", "glyphs_for", "render_text", "sections_of"]
+__all__ = ["ASCII", "UNICODE", "Glyphs", "Section", "glyphs_for", "render_text", "sections_of"]
 
 _WIDTH = 100
 _BAR = 30
@@ -37,16 +37,14 @@ class Section:
         name: What a figure is looked up by.
         title: Its heading.
         note: What is seen, with units; spaces that belong to tokens are no-break ones, so that lines break elsewhere.
-        columns: Names of the columns, and whether each holds numbers.
-        rows: One tuple per row.
-        words: Columns of several words a cell, which come last: by name, the words of each row.
+        table: What is seen, as a table; ``None`` if the section has none.
+        words: More columns of the table, of several words a cell: by heading, the words of each row.
     """
 
     name: str
     title: str
     note: str
-    columns: tuple[tuple[str, bool], ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
+    table: Table | None = None
     words: Mapping[str, Sequence[tuple[str, ...]]] = field(default_factory=dict)
 
 
@@ -107,6 +105,14 @@ def _signed(value: float) -> str:
     return f"{value:+.4f}"
 
 
+def _numbers(heading: str) -> Column:
+    return Column(heading, "number")
+
+
+def _table(columns: Iterable[Column | str], rows: Sequence[Sequence[str]]) -> Table | None:
+    return Table.of(columns, rows) if rows else None
+
+
 def _whole(token: str) -> str:
     """Return a token as it stands in a sentence."""
     return repr(token).replace(" ", _NO_BREAK)
@@ -134,10 +140,12 @@ def _predictions(explanation: Explanation) -> Section:
         "predictions",
         "Top predictions",
         "What the model puts first, its own softmax.",
-        (("rank", True), ("token", False), ("probability", True), ("log p, nats", True)),
-        tuple(
-            (str(rank), repr(each.token), _number(each.prob), f"{each.logp:.4f}")
-            for rank, each in enumerate(explanation.predictions, 1)
+        _table(
+            (_numbers("rank"), "token", _numbers("probability"), _numbers("log p, nats")),
+            [
+                (str(rank), repr(each.token), _number(each.prob), f"{each.logp:.4f}")
+                for rank, each in enumerate(explanation.predictions, 1)
+            ],
         ),
     )
 
@@ -149,8 +157,10 @@ def _layers(explanation: Explanation) -> Section:
         "Layers",
         "What each attention and FFN layer adds to log p of the answer, in nats. From the embedding to the final "
         f"state, under the final norm's frozen scale, they add up to {_signed(sum(map(sum, pairs)))}.",
-        (("layer", True), ("attention", True), ("FFN", True)),
-        tuple((str(layer), _signed(attention), _signed(ffn)) for layer, (attention, ffn) in enumerate(pairs)),
+        _table(
+            map(_numbers, ("layer", "attention", "FFN")),
+            [(str(layer), _signed(attention), _signed(ffn)) for layer, (attention, ffn) in enumerate(pairs)],
+        ),
     )
 
 
@@ -164,8 +174,10 @@ def _heads(explanation: Explanation) -> Section:
         "heads",
         "Heads",
         f"What each head alone adds to log p of the answer, in nats. The strongest: {strongest}.",
-        (("layer", True), *((f"head {head}", True) for head in range(len(explanation.heads[0])))),
-        tuple((str(layer), *map(_signed, row)) for layer, row in enumerate(explanation.heads)),
+        _table(
+            map(_numbers, ("layer", *(f"head {head}" for head in range(len(explanation.heads[0]))))),
+            [(str(layer), *map(_signed, row)) for layer, row in enumerate(explanation.heads)],
+        ),
     )
 
 
@@ -173,7 +185,7 @@ _PARTS = "The score is the first-order part minus KL, what the neuron spends on 
 _TOKENS = "Raised and lowered are the tokens whose logit its output, coefficient times vector, raises and lowers most."
 
 
-_PART_COLUMNS = (("score", True), ("first order", True), ("KL", True), ("coefficient", True))
+_PARTS_OF_A_SCORE = ("score", "first order", "KL", "coefficient")
 
 
 def _parts(each: ValueNeuron) -> tuple[str, ...]:
@@ -196,8 +208,7 @@ def _ffn_neurons(explanation: Explanation) -> Section:
         "ffn_neurons",
         "FFN value neurons",
         f"The FFN neurons that add most to log p of the answer. {_PARTS} {_TOKENS}",
-        (("layer", True), ("index", True), *_PART_COLUMNS),
-        tuple(rows),
+        _table(map(_numbers, ("layer", "index", *_PARTS_OF_A_SCORE)), rows),
         _moved(explanation.ffn_neurons),
     )
 
@@ -214,8 +225,14 @@ def _attention_neurons(explanation: Explanation) -> Section:
         "Attention value neurons",
         "The attention neurons, each one dimension of a head as read from one source token, that add most to log p of "
         "the answer; columns as above.",
-        (("layer", True), ("head", True), ("dim", True), ("position", True), ("source", False), *_PART_COLUMNS),
-        tuple(rows),
+        _table(
+            (
+                *map(_numbers, ("layer", "head", "dim", "position")),
+                "source",
+                *map(_numbers, _PARTS_OF_A_SCORE),
+            ),
+            rows,
+        ),
         _moved(explanation.attention_neurons),
     )
 
@@ -227,12 +244,12 @@ def _component(each: QueryLayer) -> str:
 
 
 def _query_layers(explanation: Explanation) -> Section:
-    columns: list[tuple[str, bool]] = [("rank", True)]
+    columns: list[Column | str] = [_numbers("rank")]
     sides: list[list[tuple[str, str]]] = []
     for unit in ("ffn", "attention"):
         found = [each for each in explanation.query_layers if each.value_unit == unit]
         if found:
-            columns += [(f"wake {_SUBLAYER[unit]} neurons", False), (f"score, {_SUBLAYER[unit]}", True)]
+            columns += [f"wake {_SUBLAYER[unit]} neurons", _numbers(f"score, {_SUBLAYER[unit]}")]
             best = sorted(found, key=lambda each: -each.score)[:10]
             sides.append([(_component(each), _signed(each.score)) for each in best])
     left_out = f" ({explanation.query_left_out} left out)" if explanation.query_left_out else ""
@@ -242,10 +259,12 @@ def _query_layers(explanation: Explanation) -> Section:
         f"What wakes the {explanation.query_value_neurons} best value neurons{left_out}: each component's share of "
         "what a neuron reads, times the neuron's score, summed over FFN and over attention value neurons, in nats. "
         f"Shares are of sums that cancel up to {_number(explanation.query_amplification)} to 1.",
-        tuple(columns),
-        tuple(
-            (str(rank), *(cell for pair in pairs for cell in pair))
-            for rank, pairs in enumerate(zip(*sides, strict=True), 1)
+        _table(
+            columns,
+            [
+                (str(rank), *(cell for pair in pairs for cell in pair))
+                for rank, pairs in enumerate(zip(*sides, strict=True), 1)
+            ],
         ),
     )
 
@@ -258,9 +277,12 @@ def _query_neurons(explanation: Explanation) -> Section:
         "nats."
         if explanation.query_neurons
         else "No FFN layer comes before the attention value neurons.",
-        (("layer", True), ("index", True), ("query score", True)),
-        tuple(
-            (str(each.neuron.layer), str(each.neuron.index), _signed(each.score)) for each in explanation.query_neurons
+        _table(
+            map(_numbers, ("layer", "index", "query score")),
+            [
+                (str(each.neuron.layer), str(each.neuron.index), _signed(each.score))
+                for each in explanation.query_neurons
+            ],
         ),
     )
 
@@ -284,16 +306,10 @@ def _ablations(explanation: Explanation) -> Section:
         "The answer after a rerun with the neurons named above set to zero at every position. Random others are a "
         "control, one draw: neurons of the same layers, each writing about as much as the one that it stands for. "
         "Attention neurons that differ by position only are zeroed as one.",
-        (
-            ("zeroed", False),
-            ("neurons", True),
-            ("distinct", True),
-            ("rank", True),
-            ("probability", True),
-            ("log p, nats", True),
-            ("change", True),
+        _table(
+            ("zeroed", *map(_numbers, ("neurons", "distinct", "rank", "probability", "log p, nats", "change"))),
+            rows,
         ),
-        tuple(rows),
     )
 
 
@@ -306,23 +322,16 @@ def render_text(explanation: Explanation, glyphs: Glyphs = UNICODE) -> str:
             lines = _bars(explanation, glyphs)
         elif section.name == "heads":
             lines = _shaded(explanation.heads, glyphs)
-        elif section.rows:
-            heading, *rows = aligned(section.columns, section.rows)
+        elif section.table is not None:
+            heading, *rows = section.table.text()
             lines.append(heading)
             for number, row in enumerate(rows):
                 lines.append(row)
                 lines += [_listed(f"      {name:<8}", words[number]) for name, words in section.words.items()]
-        underline = "-" * max(map(_columns_of, title))
+        underline = "-" * max(map(width_of, title))
         whole = [*title, underline, *_wrapped(section.note), *([""] if lines else []), *lines]
         blocks.append("\n".join(line.rstrip() for line in whole))
     return "\n\n\n".join(blocks)
-
-
-def _columns_of(text: str) -> int:
-    """Return how many columns a text takes on a terminal."""
-    return sum(
-        0 if unicodedata.combining(each) else 2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text
-    )
 
 
 def _listed(line: str, words: Sequence[str]) -> str:
@@ -330,7 +339,7 @@ def _listed(line: str, words: Sequence[str]) -> str:
     separator = ""
     for word in words:
         longer = line + separator + word
-        if _columns_of(longer) > _WIDTH:
+        if width_of(longer) > _WIDTH:
             break
         line, separator = longer, ", "
     return line
@@ -340,26 +349,12 @@ def _wrapped(text: str) -> Iterator[str]:
     """Yield a text's lines; a word that is longer than one stays whole."""
     line = ""
     for word in text.split(" "):
-        if line and _columns_of(line) + 1 + _columns_of(word) > _WIDTH:
+        if line and width_of(line) + 1 + width_of(word) > _WIDTH:
             yield line.replace(_NO_BREAK, " ")
             line = word
         else:
             line = f"{line} {word}" if line else word
     yield line.replace(_NO_BREAK, " ")
-
-
-def aligned(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table as lines, its head first: numbers to the right, words to the left."""
-    table = [[name for name, _ in columns], *rows]
-    widths = [max(_columns_of(row[place]) for row in table) for place in range(len(columns))]
-    lines = []
-    for row in table:
-        cells = []
-        for cell, width, (_, number) in zip(row, widths, columns, strict=True):
-            space = " " * (width - _columns_of(cell))
-            cells.append(space + cell if number else cell + space)
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def _bars(explanation: Explanation, glyphs: Glyphs) -> list[str]:

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import csv
 import json
-import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.paper import ADDRESS, PAPER_MODELS, SERVED, paper_model, remarks, source
 from attribution.report.exhibit_figures import pictures_of
-from attribution.report.exhibit_tables import Table, published_table, rows_of, tables_of, worked_example_table
+from attribution.report.exhibit_tables import published_table, rows_of, tables_of, worked_example_table
 from attribution.report.sections import MEASURED_BY, SECTIONS, Section
+from attribution.report.table import Column, Table, markdown_escaped
+from attribution.report.verdicts import (
+    STATUSES,
+    VERDICT_COLUMNS,
+    VerdictRow,
+    shown_columns,
+    status_of,
+    table_of_rows,
+)
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 __all__ = ["run_header", "write_report"]
 
-VerdictRow: TypeAlias = Mapping[str, str]
-
 _TITLE = "Neurons of language models: claims and exhibits"
-_STATUSES = ("supported", "refuted", "inconclusive")
-_VERDICT_COLUMNS = ("method", "claim", "effect", "interval", "n", "verdict", "note")
-_COUNT_COLUMNS = [("model", False), *((status, True) for status in _STATUSES), ("only reported", True)]
+_OF_ONE_MODEL = VERDICT_COLUMNS[1:]
+# What the summary says about a claim that is not supported.
+_OPEN_COLUMNS = tuple(
+    Column(name, "number" if name in ("effect", "n") else "text")
+    for name in ("model", "method", "claim", "effect", "interval", "n", "verdict")
+)
 _NUMBERS = {section.name: section.number for section in SECTIONS}
 # So that a summary with many models stays one that a person reads.
 _MOST_CLAIMS, _MOST_SENTENCES = 50, 80
@@ -90,10 +100,6 @@ def _shown(section: Section, exhibits: Sequence[Exhibit]) -> _Shown:
     return shown
 
 
-def _status(row: VerdictRow) -> str:
-    return next((status for status in _STATUSES if row["verdict"].startswith(status)), "")
-
-
 def _by_model(rows: Iterable[VerdictRow]) -> dict[str, list[VerdictRow]]:
     found: dict[str, list[VerdictRow]] = {}
     for row in sorted(rows, key=lambda row: row["model"]):
@@ -101,28 +107,26 @@ def _by_model(rows: Iterable[VerdictRow]) -> dict[str, list[VerdictRow]]:
     return found
 
 
-def _counts(rows: Iterable[VerdictRow]) -> list[list[str]]:
+def _counts(rows: Iterable[VerdictRow]) -> Table:
     """Return how many claims of each model have which verdict; those that are only reported are counted apart."""
-    result = []
+    columns = Column("model"), *(Column(name, "number") for name in (*STATUSES, "only reported"))
+    counted = []
     for model, found in _by_model(rows).items():
-        asserted = [_status(row) for row in found if row["asserted"]]
-        counts = [sum(status == each for each in asserted) for status in _STATUSES]
-        result.append([model, *map(str, counts), str(len(found) - len(asserted))])
-    return result
+        counts = Counter(status_of(row) if row["asserted"] else "only reported" for row in found)
+        counted.append([model, *(str(counts[column.heading]) for column in columns[1:])])
+    return Table.of(columns, counted)
 
 
-def _verdict_tables(rows: Sequence[VerdictRow]) -> list[dict[str, Any]]:
-    result = []
-    # As in the terminal: where one method is judged, its name says nothing.
-    silent = {"method"} if len({row["method"] for row in rows} - {""}) < 2 else set()
+def _verdict_tables(rows: Sequence[VerdictRow]) -> list[tuple[str, Table]]:
+    """Return the verdicts on each model, first what is asserted, then what is only reported, each with a title."""
+    tables = []
     for model, found in _by_model(rows).items():
         for title, asserted in (("asserted", True), ("reported, not asserted", False)):
             chosen = [row for row in found if bool(row["asserted"]) is asserted]
-            columns = [name for name in _VERDICT_COLUMNS if name not in silent and any(row[name] for row in chosen)]
+            columns = [column for column in shown_columns(chosen, rows) if column in _OF_ONE_MODEL]
             if chosen:
-                lines = [([row[name] for name in columns], _status(row)) for row in chosen]
-                result.append({"model": model, "title": title, "columns": columns, "rows": lines})
-    return result
+                tables.append((f"{model}: {title}", table_of_rows(chosen, columns)))
+    return tables
 
 
 def _page(rows: Sequence[VerdictRow], exhibits: Sequence[Exhibit], header: Mapping[str, str]) -> str:
@@ -135,23 +139,10 @@ def _page(rows: Sequence[VerdictRow], exhibits: Sequence[Exhibit], header: Mappi
         source=source(),
         header=header,
         counts=_counts(rows),
-        count_columns=_COUNT_COLUMNS,
         verdicts=_verdict_tables(rows),
         sections=[_shown(section, exhibits) for section in SECTIONS],
         measured_by=MEASURED_BY,
     )
-
-
-def _escaped(text: str) -> str:
-    """Return text that Markdown shows as it is, in one line, in a table or out of it."""
-    text = re.sub(r"([\\|`*<>\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text)
-    return " ".join(text.split())
-
-
-def _markdown_table(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> list[str]:
-    head = [name for name, _ in columns]
-    rule = ["---:" if number else "---" for _, number in columns]
-    return [f"| {' | '.join(map(_escaped, cells))} |" for cells in (head, rule, *rows)]
 
 
 def _shortened(lines: list[str], most: int, file: str) -> list[str]:
@@ -161,16 +152,14 @@ def _shortened(lines: list[str], most: int, file: str) -> list[str]:
 
 def _summary(rows: Sequence[VerdictRow], exhibits: Sequence[Exhibit], header: Mapping[str, str]) -> str:
     lines = [f"# {_TITLE}", ""]
-    lines += [f"- {_escaped(name)}: {_escaped(text)}" for name, text in header.items()]
+    lines += [f"- {markdown_escaped(name)}: {markdown_escaped(text)}" for name, text in header.items()]
     lines += ["", "## Claims", ""]
     if rows:
-        lines += _markdown_table(_COUNT_COLUMNS, _counts(rows))
+        lines += _counts(rows).markdown()
         asserted = [row for found in _by_model(rows).values() for row in found if row["asserted"]]
-        open_ones = [row for row in asserted if _status(row) != "supported"]
+        open_ones = [row for row in asserted if status_of(row) != "supported"]
         if open_ones:
-            names = ("model", *_VERDICT_COLUMNS[:-1])
-            columns = [(name, name in ("effect", "n")) for name in names]
-            table = _markdown_table(columns, ([row[name] for name in names] for row in open_ones))
+            table = table_of_rows(open_ones, _OPEN_COLUMNS).markdown()
             lines += ["", "Asserted, and not supported:", "", *_shortened(table, _MOST_CLAIMS + 2, "verdicts.csv")]
         else:
             lines += ["", "Every asserted claim is supported." if asserted else "No claim is asserted in this run."]
@@ -178,7 +167,7 @@ def _summary(rows: Sequence[VerdictRow], exhibits: Sequence[Exhibit], header: Ma
         lines += ["No claim was judged in this run."]
     lines += ["", "## Exhibits", ""]
     seen = [
-        f"- **{_NUMBERS.get(each.name, each.name)}**, {_escaped(each.model)}: {_escaped(each.seen)}"
+        f"- **{_NUMBERS.get(each.name, each.name)}**, {markdown_escaped(each.model)}: {markdown_escaped(each.seen)}"
         for each in exhibits
     ]
     lines += _shortened(seen, _MOST_SENTENCES, "exhibits.json") or ["No exhibit was made in this run."]
@@ -234,7 +223,8 @@ def write_report(
     (folder / "index.html").write_text(_page(rows, exhibits, header), encoding="utf-8")
     (folder / "summary.md").write_text(_summary(rows, exhibits, header), encoding="utf-8")
     verdicts = [row for found in _by_model(rows).values() for row in found]
-    _write_csv(folder / "verdicts.csv", ("model", *_VERDICT_COLUMNS, "asserted"), verdicts)
+    columns = (*(column.heading for column in VERDICT_COLUMNS), "asserted")
+    _write_csv(folder / "verdicts.csv", columns, verdicts)
     content = [asdict(exhibit) for exhibit in exhibits]
     (folder / "exhibits.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     names = {exhibit.name for exhibit in exhibits}
@@ -242,6 +232,6 @@ def write_report(
         (folder / f"{name}.csv").unlink(missing_ok=True)
     for name in names:
         of_name = [exhibit for exhibit in exhibits if exhibit.name == name]
-        columns = dict.fromkeys(column for exhibit in of_name for column in exhibit.columns)
+        own = dict.fromkeys(column for exhibit in of_name for column in exhibit.columns)
         lines = [{"model": exhibit.model, **row} for exhibit in of_name for row in rows_of(exhibit)]
-        _write_csv(folder / f"{name}.csv", ("model", *columns), lines)
+        _write_csv(folder / f"{name}.csv", ("model", *own), lines)

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 from attribution.claims.judge import Verdict
+from attribution.report.table import Column, Table
 from attribution.wording import counted
 
-__all__ = ["verdict_row", "verdict_table"]
+__all__ = [
+    "STATUSES",
+    "VERDICT_COLUMNS",
+    "VerdictRow",
+    "shown_columns",
+    "status_of",
+    "table_of_rows",
+    "verdict_row",
+    "verdict_table",
+]
 
-_COLUMNS = {
-    "model": "<",
-    "method": "<",
-    "claim": "<",
-    "effect": ">",
-    "interval": ">",
-    "n": ">",
-    "verdict": "<",
-    "note": "<",
-}
-_STATUSES = ("supported", "refuted", "inconclusive")
+VerdictRow: TypeAlias = Mapping[str, str]
+"""A verdict as text, by column; see :func:`verdict_row`."""
+
+VERDICT_COLUMNS = (
+    Column("model"),
+    Column("method"),
+    Column("claim", "words"),
+    Column("effect", "number"),
+    Column("interval", "number"),
+    Column("n", "number"),
+    Column("verdict", "status"),
+    Column("note", "words"),
+)
+"""What a table says about a claim."""
+
+STATUSES = ("supported", "refuted", "inconclusive")
 
 
 def _number(value: float) -> str:
@@ -52,7 +68,7 @@ def verdict_row(verdict: Verdict, recorded: str | None = None, *, asserted: bool
     }
 
 
-def verdict_table(rows: Sequence[dict[str, str]]) -> str:
+def verdict_table(rows: Sequence[VerdictRow]) -> str:
     """Return rows as an aligned table, in the order of models and claims in which they were judged.
 
     What is asserted comes first, what is only reported below it, where a verdict has no consequence. The interval is
@@ -61,23 +77,18 @@ def verdict_table(rows: Sequence[dict[str, str]]) -> str:
     one is judged, is left out.
     """
     ordered = sorted(rows, key=lambda row: row["model"])
-    methods = {row["method"] for row in ordered} - {""}
-    said = {name for name in _COLUMNS if any(row[name] for row in ordered)} - (
-        {"method"} if len(methods) < 2 else set()
-    )
-    columns = {name: align for name, align in _COLUMNS.items() if name in said}
-    widths = {name: max(len(name), *(len(row[name]) for row in ordered)) for name in columns}
-
-    def line(row: dict[str, str]) -> str:
-        return "  ".join(f"{row[name]:{align}{widths[name]}}" for name, align in columns.items()).rstrip()
-
-    header = line({name: name for name in columns})
-    rule = "-" * (sum(widths.values()) + 2 * len(widths) - 2 - (widths["note"] + 2 if "note" in widths else 0))
     asserted, reported = ([row for row in ordered if bool(row["asserted"]) is which] for which in (True, False))
-    lines = [header, rule, *map(line, asserted), rule] if asserted else []
+    columns = shown_columns(ordered, ordered)
+    # One table, so that both parts have the same widths.
+    table = table_of_rows([*asserted, *reported], columns)
+    header, *written = table.text()
+    ruled = [width for column, width in zip(columns, table.widths, strict=True) if column.heading != "note"]
+    rule = "-" * (sum(ruled) + 2 * (len(ruled) - 1))
+    lines = [header, rule, *written[: len(asserted)], rule] if asserted else []
     if reported:
-        lines += ["", "reported, not asserted", header, rule, *map(line, reported), rule]
-    counts = [f"{sum(row['verdict'].startswith(status) for row in asserted)} {status}" for status in _STATUSES]
+        lines += ["", "reported, not asserted", header, rule, *written[len(asserted) :], rule]
+    found = Counter(map(status_of, asserted))
+    counts = [f"{found[status]} {status}" for status in STATUSES]
     if reported:
         counts.append(f"{len(reported)} reported")
     waived = Counter(row["model"] for row in ordered if row["waived"])
@@ -87,3 +98,28 @@ def verdict_table(rows: Sequence[dict[str, str]]) -> str:
         for model, number in waived.items()
     ]
     return "\n".join([*lines, ", ".join(counts), *notes])
+
+
+def status_of(row: VerdictRow) -> str:
+    """Return the verdict alone, without what the registry says about it; empty if the row holds none."""
+    return next((status for status in STATUSES if row["verdict"].startswith(status)), "")
+
+
+def table_of_rows(rows: Iterable[VerdictRow], columns: Sequence[Column]) -> Table:
+    """Return some columns of some rows."""
+    return Table.of(columns, ([row[column.heading] for column in columns] for row in rows))
+
+
+def shown_columns(rows: Sequence[VerdictRow], every_row: Sequence[VerdictRow]) -> tuple[Column, ...]:
+    """Return the columns that say something about some rows.
+
+    Args:
+        rows: The rows of one table.
+        every_row: All rows of the run: where only one method is judged, its name says nothing.
+    """
+    one_method = len({row["method"] for row in every_row} - {""}) < 2
+    return tuple(
+        column
+        for column in VERDICT_COLUMNS
+        if any(row[column.heading] for row in rows) and not (one_method and column.heading == "method")
+    )
