@@ -16,7 +16,7 @@ from scipy import optimize
 
 from attribution.claims.judge import EXTREMES, Claim, Evidence, Status, Verdict, bootstrap, decide, with_one_more
 
-__all__ = ["LIMIT", "WORLDS", "Rates", "error_rates", "rates_of", "table"]
+__all__ = ["LIMIT", "WORLDS", "Rates", "error_rates", "rates_of"]
 
 WORLDS = {
     "shifted": "every effect is moved by the same amount; spread, skew and outliers stay what they are. Left out where "
@@ -91,18 +91,6 @@ def rates_of(verdict: Verdict, *, samples: int, seed: int = 0) -> Rates:
     if rates.false_positive > LIMIT:
         rates = error_rates(verdict.claim, verdict.evidence, facts=facts, samples=10 * samples, seed=seed + 1)
     return rates
-
-
-def table(rates: Mapping[tuple[str, str], Rates]) -> str:
-    """Return rates by model and claim as a Markdown table, the largest rate of false positives first."""
-    lines = [
-        f"| Model | Claim | Facts | {' | '.join(name.capitalize() for name in WORLDS)} | Power |",
-        f"|---|---|--:|{'--:|' * len(WORLDS)}--:|",
-    ]
-    for (model, claim), each in sorted(rates.items(), key=lambda item: (-item[1].false_positive, item[0])):
-        cells = [f"{each.false_positives[name]:.3f}" if name in each.false_positives else "" for name in WORLDS]
-        lines.append(f"| {model} | {claim} | {each.facts} | {' | '.join(cells)} | {each.power:.2f} |")
-    return "\n".join(lines)
 
 
 def error_rates(claim: Claim, evidence: Evidence, *, facts: int, samples: int, seed: int = 0) -> Rates:

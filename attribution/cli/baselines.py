@@ -56,15 +56,16 @@ def _list_baselines(options: argparse.Namespace) -> int:
 def _simulate_rates(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from attribution.claims.error_rates import LIMIT, rates_of, table
+    from attribution.claims.error_rates import LIMIT, rates_of
     from attribution.gate.storage import read
+    from attribution.report.rates import rates_table
 
     verdicts = [each for each in read(options.folder, options.name).verdicts if each.evidence is not None]
     rates = {}
     for each in tqdm(verdicts, unit="claim", disable=not sys.stderr.isatty()):
         if each.facts > 1:
             rates[each.model, each.claim.id] = rates_of(each, samples=options.samples)
-    print(table(rates))
+    print("\n".join(rates_table(rates).markdown(tight_rule=True)))
     return 1 if any(each.false_positive > LIMIT for each in rates.values()) else 0
 
 
