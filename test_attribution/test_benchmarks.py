@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attribution.engine import ranking, vectors
 from attribution.engine import top_k as selection
-from attribution.models import loading as loading
+from attribution.models import model
 
 ROOT = Path(__file__).parents[1]
 # The benchmarks are no part of the package.
@@ -128,7 +128,7 @@ def _agree(work: Work, rows: int, counted: Counted, shape: Shape, *, prompts: in
 
 
 def test_figures_of_the_engine_are_its_own() -> None:
-    assert cost.CHUNK_TOKENS == loading.CHUNK_TOKENS
+    assert cost.CHUNK_TOKENS == model.CHUNK_TOKENS
     assert cost.BLOCK_NUMBERS == selection._BLOCK_NUMBERS
     assert cost.KEPT_NUMBERS == vectors._KEPT_NUMBERS
 

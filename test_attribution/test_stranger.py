@@ -111,7 +111,7 @@ def test_distributions_hold_what_runs_and_nothing_else(stranger: Stranger) -> No
     assert "License-Expression: Apache-2.0" in written
     assert "Requires-Python: >=3.10" in written
     needed = ["py.typed", "test_faithfulness/test_top_neurons.py", "test_knowledge/test_known.py"]
-    needed += ["fixtures/models/registry.toml", "fixtures/knowledge/capital.toml", "templates/report.html"]
+    needed += ["fixtures/models/registry.toml", "fixtures/knowledge/capital.toml", "report/templates/report.html"]
     needed += [f"fixtures/paper/{name}.json" for name in ("tables", "notebooks")]
     needed += [
         f"fixtures/models/{model}/{file}"

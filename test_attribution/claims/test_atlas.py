@@ -385,7 +385,7 @@ def test_claims_belong_to_the_families_that_the_registry_names(of_nothing: list[
 def test_map_of_the_paper_names_what_exists() -> None:
     root = Path(__file__).resolve().parents[2]
     text = (root / "docs" / "paper.md").read_text(encoding="utf-8")
-    makers = set(re.findall(r"`(attribution\.atlas\.\w+)\.(\w+)`", text))
+    makers = set(re.findall(r"`(attribution\.claims\.about_models\.\w+)\.(\w+)`", text))
     assert len(makers) == 15
     for module, function in makers:
         assert callable(getattr(import_module(module), function))

@@ -380,14 +380,14 @@ CLAIMS = ROOT / "test_faithfulness" / "test_top_neurons.py"
 AUTHOR = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("```python conftest.py\n")[1].split("```")[0]
 # One line each, in the scorer of the paper and in that of the author.
 HARMFUL = {
-    "methods.py": (
+    "engine/methods.py": (
         "return log_prob_increase(candidates.log_probs[candidates.slot], candidates.update, candidates.answer)",
         "return log_prob_increase(candidates.log_probs[candidates.slot], candidates.update, candidates.answer).floor()",
     ),
     "conftest.py": ("return candidates.update[:", "return -candidates.update[:"),
 }
 HARMLESS = {
-    "importance.py": (
+    "engine/importance.py": (
         "return update[..., answer] - torch.logsumexp(log_probs + update, dim=-1)",
         "return -(log_probs + update - update[..., answer, None]).exp().sum(-1).log()",
     ),
