@@ -23,7 +23,7 @@ from attribution.engine.methods import method_named
 from attribution.engine.questions import question_of
 from attribution.engine.ranking import all_candidates
 from attribution.engine.top_k import top_k
-from attribution.engine.vectors import table_of
+from attribution.engine.vectors import vector_table
 from attribution.models.registry import registry
 from attribution.records import NEURON_UNITS, Unit
 
@@ -66,7 +66,7 @@ def compare(name: str, every: int) -> bool:
     method = method_named("log_prob_increase", "ffn")
     projected: dict[Unit, list[Tensor]] = {}
     for unit in NEURON_UNITS:
-        table = table_of(model, unit)
+        table = vector_table(model, unit)
         assert table is not None
         vectors = [each.double() for each in table.vectors]
         if readout.norm.centred:

@@ -6,21 +6,28 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from attribution.engine import importance, methods
+from attribution.engine.trace import Edits
 
 HERE = Path(__file__).resolve().parent / "faults"
 
 sys.path.insert(0, str(HERE))
 try:
-    catalogue, inject = import_module("catalogue"), import_module("inject")
+    catalogue, changes, fault, inject = (import_module(name) for name in ("catalogue", "changes", "fault", "inject"))
 finally:
     sys.path.remove(str(HERE))
 
-FAULTS = {fault.name: fault for fault in catalogue.FAULTS}
+FAULTS = {each.name: each for each in catalogue.FAULTS}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are injected into forked processes")
 
@@ -59,11 +66,74 @@ def test_the_page_in_docs_is_what_was_found(found: dict[str, Any], capsys: pytes
 
 def test_faults_are_many_and_different() -> None:
     assert len(FAULTS) == len(catalogue.FAULTS)
-    assert len({fault.edits for fault in FAULTS.values()}) == len(FAULTS)
-    assert sum(not fault.missed for fault in FAULTS.values()) >= 40
+    assert sum(not each.missed for each in FAULTS.values()) >= 40
+
+
+def _in_a_process_of_its_own(work: Callable[[], None]) -> None:
+    process = os.fork()
+    if process == 0:
+        failed = 1
+        with suppress(BaseException):
+            work()
+            failed = 0
+        os._exit(failed)
+    _, status = os.waitpid(process, 0)
+    assert status == 0
+
+
+def test_whoever_holds_a_function_runs_its_patch() -> None:
+    """By its module, imported by name elsewhere, in the table of methods, as a property, and as a method."""
+
+    slips = fault.Faults()
+
+    @slips.patch("one more", "log_prob_increase")
+    def _(original: Any) -> Any:
+        return original() + 1
+
+    @slips.patch("the answer", 'METHODS["coefficient"].score')
+    def _(original: Any, candidates: Any) -> Any:
+        return candidates.answer
+
+    @slips.patch("the total", "Candidates.probs")
+    def _(original: Any, self: Any) -> Any:
+        return self.total
+
+    @slips.patch("one layer later", "Edits.first")
+    def _(original: Any, layers: Any) -> Any:
+        return original(layers=layers + 1)
+
+    def work() -> None:
+        for each in slips:
+            for change in each.changes:
+                change.apply()
+        log_probs = torch.tensor([[0.5, 0.5]]).log()
+        for module in (importance, methods):
+            assert module.log_prob_increase(log_probs, torch.zeros(1, 2), 0).tolist() == pytest.approx([1.0])
+        assert methods.METHODS["coefficient"].score(SimpleNamespace(answer=7)) == 7
+        assert importance.Candidates.probs.fget(SimpleNamespace(total=3)) == 3  # type: ignore[attr-defined]
+        assert Edits().first(4) == 5
+
+    _in_a_process_of_its_own(work)
+
+
+@pytest.mark.parametrize(
+    ("where", "complaint"),
+    [
+        ("no_such_function", "defined in 0 modules"),
+        ("Edits.no_such", "does not exist: there is no 'no_such'"),
+        ("rerun", "has no argument no_such"),
+    ],
+    ids=["function", "attribute", "argument"],
+)
+def test_a_patch_of_what_does_not_exist_cannot_be_injected(where: str, complaint: str) -> None:
+    def change(original: Any, no_such: Any) -> Any:
+        return original(no_such=no_such)
+
+    with pytest.raises(changes.BrokenFaultError, match=complaint):
+        changes.Patch(where, change).apply()
 
 
 @pytest.mark.parametrize("old", ["a line that is gone", "logits"], ids=["nowhere", "at several places"])
-def test_a_fault_whose_text_does_not_stand_once_in_its_function_cannot_be_injected(old: str) -> None:
-    with pytest.raises(inject.BrokenFaultError, match=r"stands \d+ times in trace:rerun"):
-        inject.apply([catalogue.Edit("trace:rerun", old, "")])
+def test_an_edit_whose_text_does_not_stand_once_in_its_function_cannot_be_injected(old: str) -> None:
+    with pytest.raises(changes.BrokenFaultError, match=r"occurs \d+ times in rerun"):
+        changes.Edit("rerun", old, "").apply()

@@ -18,7 +18,7 @@ from attribution.engine.methods import Method, method_named, score_candidates
 from attribution.engine.questions import Question, prompts_with_answers, question_of
 from attribution.engine.top_k import Certificate, top_k
 from attribution.engine.trace import read_activations
-from attribution.engine.vectors import VectorTable, table_of
+from attribution.engine.vectors import VectorTable, vector_table
 from attribution.models.model import Model
 from attribution.models.running import on_site
 from attribution.prompts.knowledge import Prompt
@@ -153,7 +153,7 @@ def all_candidates(
         prompt = TracedPrompt(model.anatomy, activations, row, len(question.ids))
         by_unit = {}
         for unit, methods in wanted.items():
-            table = table_of(model, unit)
+            table = vector_table(model, unit)
             kinds = {method.effects for method in methods if method.effects is not None}
             by_unit[unit] = candidates_of(
                 unit,

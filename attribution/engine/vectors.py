@@ -24,7 +24,7 @@ from attribution.records import (
     Unit,
 )
 
-__all__ = ["VectorTable", "slots_of", "table_of"]
+__all__ = ["VectorTable", "slots_of", "vector_table"]
 
 # Projected vectors are kept up to this many float64 numbers per table: 128 MiB.
 _KEPT_NUMBERS = 2**24
@@ -267,7 +267,7 @@ def _tables(anatomy: Anatomy) -> dict[Unit, VectorTable]:
     return {unit: VectorTable.of(unit, anatomy) for unit in NEURON_UNITS}
 
 
-def table_of(model: Model, unit: Unit) -> VectorTable | None:
+def vector_table(model: Model, unit: Unit) -> VectorTable | None:
     """Return the vectors of a unit's neurons; ``None`` for heads and layers, whose vectors depend on the prompt."""
     return model.anatomy.once(_tables).get(unit)
 

@@ -22,7 +22,7 @@ from attribution.engine.importance import Candidates, first_order_bound
 from attribution.engine.methods import METHODS, Method
 from attribution.engine.questions import question_of
 from attribution.engine.trace import rerun
-from attribution.engine.vectors import table_of
+from attribution.engine.vectors import vector_table
 from attribution.experiments.randomisation import randomised
 from attribution.prompts.knowledge import Fact, Knowledge, load_knowledge
 
@@ -89,7 +89,7 @@ def test_randomised_copy_shares_no_memory_with_the_model(architecture_model: at.
     tied = {id(parameter) for parameter in architecture_model.network._module.parameters()}
     assert len(tied) == len(list(twin.network._module.parameters()))
     for unit in ("ffn", "attention"):
-        table, original = table_of(twin, unit), table_of(architecture_model, unit)
+        table, original = vector_table(twin, unit), vector_table(architecture_model, unit)
         assert table is not None
         assert original is not None
         for vectors, others in zip(table.vectors, original.vectors, strict=True):

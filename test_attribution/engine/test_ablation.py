@@ -20,7 +20,7 @@ import attribution as at
 from attribution.engine.ablation import Donors, reference_of
 from attribution.engine.masks import AblationKind, ablation_masks
 from attribution.engine.trace import Edits, rerun
-from attribution.engine.vectors import table_of
+from attribution.engine.vectors import vector_table
 from attribution.errors import BadInputError
 from attribution.experiments.edited_copies import zeroed_parameters
 from attribution.models.anatomy import resolve
@@ -648,7 +648,7 @@ def test_zeroed_parameters_do_not_outlive_their_block(
         with zeroed_parameters(model, MIXED) as edited:
             leaked.append(edited)
             # What a model computes from its weights and keeps would carry the edit on.
-            table = table_of(edited, "ffn")
+            table = vector_table(edited, "ffn")
             assert table is not None
             assert float(table.norms.min()) == 0
             if failing:
@@ -663,7 +663,7 @@ def test_zeroed_parameters_do_not_outlive_their_block(
         for name, parameter in plain.named_parameters():
             assert torch.equal(_weights(each)[name], parameter), name
         assert torch.equal(at.ablate(each, PROMPT, []), plain_logits(PROMPT))
-        table = table_of(each, "ffn")
+        table = vector_table(each, "ffn")
         assert table is not None
         assert float(table.norms.min()) > 0
 

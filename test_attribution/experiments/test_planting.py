@@ -20,7 +20,7 @@ from attribution.engine.methods import METHODS
 from attribution.engine.projection import before_softmax
 from attribution.engine.subkeys import folded_subkeys
 from attribution.engine.trace import Activations, read_activations
-from attribution.engine.vectors import table_of
+from attribution.engine.vectors import vector_table
 from attribution.errors import BadInputError
 from attribution.experiments.planting import (
     Plant,
@@ -220,7 +220,7 @@ def test_what_was_planted_does_not_outlive_its_block(model: at.Model, failing: b
         with planted(model, [_plant(model, FFN), _plant(model, ATTENTION)]) as copy:
             leaked.append(copy)
             # What a model computes from its weights and keeps would carry what was planted on.
-            table = table_of(copy, "ffn")
+            table = vector_table(copy, "ffn")
             assert table is not None
             assert len(table.norms) > 0
             if failing:
@@ -233,7 +233,7 @@ def test_what_was_planted_does_not_outlive_its_block(model: at.Model, failing: b
         work()
     assert _changed(model, leaked[0]) == {}
     assert torch.equal(at.ablate(leaked[0], PROMPTS[0], []), at.ablate(model, PROMPTS[0], []))
-    table, original = table_of(leaked[0], "ffn"), table_of(model, "ffn")
+    table, original = vector_table(leaked[0], "ffn"), vector_table(model, "ffn")
     assert table is not None
     assert original is not None
     assert torch.equal(table.norms, original.norms)

@@ -4,34 +4,29 @@
     python test_attribution/faults/inject.py --write      # and keep it in docs/faults.md
     python test_attribution/faults/inject.py NAME ...     # some faults, with what was said of each
 
-A fault is an edit of a function's source, as a slip of its author would be. One whose text is not found is an error.
-Each is made in a process of its own, forked from one that has imported everything. There both bundled models are
+A fault is a change of a function, as a slip of its author would be: see changes.py. If it cannot be made, that is an
+error. Each is made in a process of its own, forked from one that has imported everything. There both bundled models are
 loaded and checked by the preflight and, if that finds nothing, judged by the claims that the fault concerns. Red is a
 broken identity, a claim that is not supported, or an error that stops the run. Without a fault all must be green.
 """
 
 from __future__ import annotations
-import __future__
 
 import argparse
-import ast
-import inspect
 import json
 import os
 import re
 import signal
 import tempfile
-import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from importlib import import_module, util
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
-from catalogue import FAULTS, Edit, Fault
+from changes import BrokenFaultError, modules
+from fault import Fault
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -41,10 +36,14 @@ MODELS = ("bundled:gpt2", "bundled:llama")
 CONTROL = "no fault"
 HEADER = """# Faults and what catches them
 
-A suite that is always green proves nothing. Each row is a slip that an author of this package could make, as an edit of
-one line or two, and what turned red when it was made: an identity of the preflight, a family of claims, or an error
-that stopped the run. Without any of them all of these are green on both bundled models. Where the preflight finds a
-fault no claim is judged, as in a real run; otherwise the claims that the fault concerns are.
+A suite that is always green proves nothing. Each row is a slip that an author of this package could make, and what
+turned red when it was made: an identity of the preflight, a family of claims, or an error that stopped the run. Without
+any of them all of these are green on both bundled models. Where the preflight finds a fault no claim is judged, as in a
+real run; otherwise the claims that the fault concerns are.
+
+A slip is made in one function, or in two that share it. The code is what the function then does instead, given those of
+its arguments that the code names: `original()` is its result without the slip, and `original(norm=other)` its result
+with another argument. An arrow stands for a change of the function's source.
 
 The claims by definition and by hand, and those of known verdicts and outcomes, stand in
 `test_faithfulness/test_definitions.py`, known facts in `test_knowledge`, the others in the file of `test_faithfulness`
@@ -61,14 +60,10 @@ LIMIT = 600
 PROCESSES = 2
 # How families of exact claims are called.
 EXACT = ("by definition", "by hand", "is the sum", "known verdicts", "known outcomes")
-# What is raised by an edit that is no slip but nonsense.
-NONSENSE = (NameError, AttributeError, SyntaxError, ImportError)
+# What a change raises that is nonsense rather than a slip.
+NONSENSE = (BrokenFaultError, NameError, AttributeError, TypeError, SyntaxError, ImportError)
 
 Claims = Callable[[Any], list[Any]]
-
-
-class BrokenFaultError(Exception):
-    """A fault that cannot be injected."""
 
 
 def claims() -> dict[str, Claims]:
@@ -192,48 +187,6 @@ def _module(path: Path) -> Any:
     return module
 
 
-def _function(where: str) -> Any:
-    """Return the function that an edit names, behind what decorates it."""
-    module, _, path = where.partition(":")
-    found: Any = import_module(f"attribution.{module}")
-    for name in path.split("."):
-        found = inspect.getattr_static(found, name)
-    if isinstance(found, cached_property):
-        return found.func
-    if isinstance(found, property):
-        return found.fget
-    return inspect.unwrap(getattr(found, "__func__", found))
-
-
-def _codes(code: CodeType, name: str) -> list[CodeType]:
-    return [each for each in code.co_consts if isinstance(each, CodeType) and each.co_name == name]
-
-
-def apply(edits: Sequence[Edit]) -> None:
-    """Edit functions of this process, where they are, so that whoever has imported them runs the fault.
-
-    Raises:
-        BrokenFaultError: If a text does not stand exactly once in its function.
-    """
-    for where in dict.fromkeys(edit.where for edit in edits):
-        function = _function(where)
-        source = textwrap.dedent(inspect.getsource(function))
-        for edit in (each for each in edits if each.where == where):
-            if source.count(edit.old) != 1:
-                raise BrokenFaultError(f"{edit.old!r} stands {source.count(edit.old)} times in {where}, not once")
-            source = source.replace(edit.old, edit.new)
-        tree = ast.parse(source)
-        (definition,) = tree.body
-        assert isinstance(definition, ast.FunctionDef)
-        definition.decorator_list.clear()
-        flags = __future__.annotations.compiler_flag
-        compiled = compile(tree, f"<fault in {where}>", "exec", flags=flags, dont_inherit=True)
-        (code,) = _codes(compiled, definition.name)
-        if code.co_freevars != function.__code__.co_freevars:
-            raise BrokenFaultError(f"{where} uses names of the function around it; edit that one")
-        function.__code__ = code
-
-
 def _said(error: Exception) -> tuple[str, str]:
     """Return what an error is called in the table, and what it says."""
     from attribution.errors import PreflightError
@@ -306,16 +259,14 @@ def _warm() -> None:
     torch.set_num_threads(1)
     for name in ("nnsight", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"):
         import_module(name)
-    for path in sorted((ROOT / "attribution").rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if not parts[-1].startswith("__"):
-            import_module(".".join(parts))
+    list(modules())
 
 
 def _child(fault: Fault, path: Path) -> None:
     """Make a fault here, and write down what is red."""
     try:
-        apply(fault.edits)
+        for change in fault.changes:
+            change.apply()
         result: dict[str, Any] = {"red": examine(fault.claims)}
     except BrokenFaultError as error:
         result = {"broken": str(error)}
@@ -363,29 +314,37 @@ def _caught_by(red: dict[str, str]) -> str:
     )
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def changed(fault: Fault) -> str:
+    """Return how a fault is made, as a cell of the table; what several functions share is shown once."""
+    functions: dict[str, list[str]] = {}
+    for change in fault.changes:
+        where, _, what = str(change).partition(": ")
+        functions.setdefault(what, []).append(where)
+    return "; ".join(f"{', '.join(where)}: {what}" for what, where in functions.items()).replace("|", "\\|")
+
+
+def table(results: dict[str, dict[str, Any]], faults: Sequence[Fault]) -> str:
     """Return faults and what caught them, without figures that vary."""
     rows: dict[bool, list[str]] = {True: [], False: []}
-    for fault in FAULTS:
+    for fault in faults:
         if fault.name in results:
             red = results[fault.name].get("red", {})
-            edits = "; ".join(map(str, fault.edits)).replace("|", "\\|")
-            rows[bool(red)].append(f"| {fault.name} | {edits} | {_caught_by(red) if red else fault.missed} |")
+            rows[bool(red)].append(f"| {fault.name} | {changed(fault)} | {_caught_by(red) if red else fault.missed} |")
     lines = [
         f"{len(rows[True])} faults are caught:",
         "",
-        "| Fault | Edit | Caught by |",
+        "| Fault | Change | Caught by |",
         "|---|---|---|",
         *rows[True],
     ]
     if rows[False]:
-        lines += ["", "Not caught:", "", "| Fault | Edit | Why |", "|---|---|---|", *rows[False]]
+        lines += ["", "Not caught:", "", "| Fault | Change | Why |", "|---|---|---|", *rows[False]]
     return "\n".join(lines)
 
 
-def document(results: dict[str, dict[str, Any]]) -> str:
+def document(results: dict[str, dict[str, Any]], faults: Sequence[Fault]) -> str:
     """Return docs/faults.md."""
-    return f"{HEADER}\n{table(results)}\n"
+    return f"{HEADER}\n{table(results, faults)}\n"
 
 
 def main() -> None:
@@ -397,20 +356,22 @@ def main() -> None:
     options = parser.parse_args()
     # Two processes share the cores, and one that has started threads must not fork.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    chosen = [fault for fault in FAULTS if not options.names or fault.name in options.names]
+    # The faults import numpy and torch, which read that once.
+    faults: Sequence[Fault] = import_module("catalogue").FAULTS
+    chosen = [fault for fault in faults if not options.names or fault.name in options.names]
     start = time.monotonic()
-    results = inject([Fault(CONTROL, (), ()), *chosen])
+    results = inject([Fault(CONTROL, ()), *chosen])
     if options.json:
-        found = {"results": results, "page": document(results)}
+        found = {"results": results, "page": document(results, faults)}
         options.json.write_text(json.dumps(found), encoding="utf-8")
     for name, result in results.items():
         if options.names or "broken" in result or (name == CONTROL and result["red"]):
             print(f"{name}: {json.dumps(result, indent=1)}")
-    print(table(results))
+    print(table(results, faults))
     print(f"{len(chosen)} faults in {time.monotonic() - start:.0f} s")
     if options.write and not options.names:
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(document(results), encoding="utf-8")
+        TABLE.write_text(document(results, faults), encoding="utf-8")
 
 
 if __name__ == "__main__":

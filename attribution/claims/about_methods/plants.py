@@ -24,7 +24,7 @@ from attribution.engine.batching import batches_of
 from attribution.engine.questions import Question, question_of
 from attribution.engine.subkeys import folded_subkeys
 from attribution.engine.trace import Activations, read_activations
-from attribution.engine.vectors import VectorTable, table_of
+from attribution.engine.vectors import VectorTable, vector_table
 from attribution.experiments.planting import (
     Plant,
     answer_direction,
@@ -151,7 +151,7 @@ def _nature(bench: Workbench) -> _Nature:
 
 def _read_nature(model: Model, task: Task) -> _Nature:
     anatomy, number = model.anatomy, len(task.questions)
-    tables = [cast(VectorTable, table_of(model, unit)) for unit in ("ffn", "attention")]
+    tables = [cast(VectorTable, vector_table(model, unit)) for unit in ("ffn", "attention")]
     ffn_norms, attention_norms = (table.norms.view(anatomy.layers, 1, -1) for table in tables)
     loud: dict[SublayerKind, Tensor] = {"ffn": torch.zeros(number), "attention": torch.zeros(number)}
     attends = torch.zeros(anatomy.layers, number, anatomy.heads)

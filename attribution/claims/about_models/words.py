@@ -21,7 +21,7 @@ from attribution.engine.methods import method_named
 from attribution.engine.questions import Question
 from attribution.engine.ranking import all_candidates
 from attribution.engine.top_k import top_k
-from attribution.engine.vectors import table_of
+from attribution.engine.vectors import vector_table
 from attribution.experiments.selection_rule import one_token_words
 from attribution.records import Component, FFNNeuron, SublayerKind
 
@@ -196,7 +196,7 @@ def _query_neurons(found: Survey, category: str) -> list[tuple[FFNNeuron, list[i
         for neuron in found.queries[row].neurons[:_NEURONS]:
             counts[neuron] = counts.get(neuron, 0) + 1
     best = sorted(counts, key=lambda neuron: (-counts[neuron], neuron))[:_SHOWN]
-    table = table_of(found.bench.model, "ffn")
+    table = vector_table(found.bench.model, "ffn")
     assert table is not None, "FFN neurons have vectors of their own"
     slots, rows = (
         torch.tensor([getattr(each, name) for each in best], dtype=torch.long) for name in ("layer", "index")

@@ -1,0 +1,73 @@
+"""Slips in the search for the best candidates, and in the methods that score them."""
+
+from dataclasses import replace
+
+import torch
+from fault import PLANTED, SCORES, TOP, VALUE, Faults
+
+from attribution.engine.methods import METHODS, bound_candidates
+
+FAULTS = Faults()
+
+
+@FAULTS.patch("the least important come first", "top_k", claims=TOP + VALUE + PLANTED)
+def _(original, method):
+    found = original(method=replace(method, score=lambda candidates: -method.score(candidates), bound=None))
+    return replace(found, scores=-found.scores)
+
+
+@FAULTS.patch("the best is left out", "top_k", claims=TOP + PLANTED)
+def _(original, candidates, k):
+    found = original(k=k and min(k + 1, len(candidates)))
+    return replace(found, indices=found.indices[1:], scores=found.scores[1:])
+
+
+@FAULTS.patch("the search stops at the first block", "top_k", claims=TOP)
+def _(original, candidates, method, k):
+    if method.bound is None or k is None:
+        return original()
+    first = bound_candidates(method, candidates).topk(k).indices.sort().values
+    found = original(candidates=candidates.take(first))
+    return replace(found, indices=first[found.indices])
+
+
+@FAULTS.patch("ties are broken by memory order", "top_k", claims=TOP)
+def _(original, candidates):
+    memory = torch.arange(len(candidates)).flip(0)
+    found = original(candidates=candidates.take(memory))
+    return replace(found, indices=memory[found.indices])
+
+
+@FAULTS.patch("the bound has the wrong sign", "first_order_bound", claims=SCORES + TOP)
+def _(original):
+    return -original()
+
+
+@FAULTS.patch("the rank counts from the wrong end", "VectorTable.reciprocal_ranks", claims=SCORES)
+def _(original, self):
+    return 1 / (1 + len(self.readout.unembedding) - 1 / original())
+
+
+@FAULTS.patch("a baseline keeps the coefficient's sign", 'METHODS["coefficient"].score', claims=SCORES)
+def _(original, candidates):
+    return candidates.coefficient
+
+
+@FAULTS.patch("a baseline ranks by the vector's sum, not its norm", "VectorTable.norms", claims=SCORES)
+def _(original, self):
+    return torch.cat([self.written(slot, torch.arange(size)).sum(-1) for slot, size in enumerate(self.sizes)])
+
+
+@FAULTS.patch("a baseline is the method", 'METHODS["prob_increase"].score', claims=SCORES)
+def _(original, candidates):
+    return METHODS["log_prob_increase"].score(candidates)
+
+
+@FAULTS.patch("rankings come in order of length", "rank_all", claims=TOP)
+def _(original):
+    return sorted(original(), key=_length)
+
+
+def _length(by_method):
+    """Return the number of tokens of the prompt that was ranked."""
+    return len(next(iter(next(iter(by_method.values())).values())).tokens)
