@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from attribution.engine import importance, methods
-from attribution.engine.trace import Edits
+from attribution.claims import judge
+from attribution.engine import importance, projection, questions, vectors
+from attribution.engine.methods import METHODS
+from attribution.experiments import planting
+from attribution.models import norms
 
 HERE = Path(__file__).resolve().parent / "faults"
 
 sys.path.insert(0, str(HERE))
 try:
-    catalogue, changes, fault, inject = (import_module(name) for name in ("catalogue", "changes", "fault", "inject"))
+    catalogue, changes, inject = (import_module(name) for name in ("catalogue", "changes", "inject"))
 finally:
     sys.path.remove(str(HERE))
 
-FAULTS = {each.name: each for each in catalogue.FAULTS}
+FAULTS = {fault.name: fault for fault in catalogue.FAULTS}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are injected into forked processes")
 
@@ -66,74 +71,154 @@ def test_the_page_in_docs_is_what_was_found(found: dict[str, Any], capsys: pytes
 
 def test_faults_are_many_and_different() -> None:
     assert len(FAULTS) == len(catalogue.FAULTS)
-    assert sum(not each.missed for each in FAULTS.values()) >= 40
+    assert len({tuple(map(str, fault.changes)) for fault in FAULTS.values()}) == len(FAULTS)
+    assert sum(not fault.missed for fault in FAULTS.values()) >= 40
 
 
-def _in_a_process_of_its_own(work: Callable[[], None]) -> None:
-    process = os.fork()
-    if process == 0:
-        failed = 1
-        with suppress(BaseException):
-            work()
-            failed = 0
-        os._exit(failed)
-    _, status = os.waitpid(process, 0)
-    assert status == 0
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_a_fault_changes_exists(name: str) -> None:
+    """Known in seconds, where the faults themselves take minutes."""
+    for change in FAULTS[name].changes:
+        change.check()
 
 
-def test_whoever_holds_a_function_runs_its_patch() -> None:
-    """By its module, imported by name elsewhere, in the table of methods, as a property, and as a method."""
+@contextmanager
+def applied(change: Any) -> Iterator[None]:
+    """Make a change here, and undo it."""
+    function = changes.locate(change.where)
+    state = function.__code__, function.__defaults__, function.__kwdefaults__
+    change.apply()
+    try:
+        yield
+    finally:
+        function.__code__, function.__defaults__, function.__kwdefaults__ = state
+        del function.__signature__
 
-    slips = fault.Faults()
 
-    @slips.patch("one more", "log_prob_increase")
-    def _(original: Any) -> Any:
-        return original() + 1
+def test_every_importer_of_a_patched_function_sees_the_patch() -> None:
+    def halved(original: Any, norm: Any) -> Any:
+        return original() / 2 if norm.centred else original()
 
-    @slips.patch("the answer", 'METHODS["coefficient"].score')
-    def _(original: Any, candidates: Any) -> Any:
-        return candidates.answer
+    vectors, norm = torch.tensor([[3.0, 5.0]]), norms.Norm(None, None, 0.0, True)
+    held = functools.partial(norms.frozen_scale, norm=norm)
+    with applied(changes.Patch("frozen_scale", halved)):
+        for each in (norms.frozen_scale, projection.frozen_scale, importance.frozen_scale):
+            assert each(vectors, norm).tolist() == [0.5]
+        assert held(vectors).tolist() == [0.5]
+        # What calls it, too.
+        assert norms.normalise(vectors, norm).tolist() == [[-2.0, 2.0]]
+    assert norms.frozen_scale(vectors, norm).tolist() == [1.0]
 
-    @slips.patch("the total", "Candidates.probs")
-    def _(original: Any, self: Any) -> Any:
-        return self.total
 
-    @slips.patch("one layer later", "Edits.first")
-    def _(original: Any, layers: Any) -> Any:
-        return original(layers=layers + 1)
+def test_the_table_of_methods_sees_a_patch() -> None:
+    def constant(original: Any, candidates: Any) -> Any:
+        return f"{candidates}, patched"
 
-    def work() -> None:
-        for each in slips:
-            for change in each.changes:
-                change.apply()
-        log_probs = torch.tensor([[0.5, 0.5]]).log()
-        for module in (importance, methods):
-            assert module.log_prob_increase(log_probs, torch.zeros(1, 2), 0).tolist() == pytest.approx([1.0])
-        assert methods.METHODS["coefficient"].score(SimpleNamespace(answer=7)) == 7
-        assert importance.Candidates.probs.fget(SimpleNamespace(total=3)) == 3  # type: ignore[attr-defined]
-        assert Edits().first(4) == 5
+    method = METHODS["coefficient"]
+    with applied(changes.Patch('METHODS["coefficient"].score', constant)):
+        assert METHODS["coefficient"] is method
+        # Its own bound: the same function in another field.
+        assert method.score("all") == method.bound("all") == "all, patched"
+        assert method.built_in
 
-    _in_a_process_of_its_own(work)
+
+def test_original_takes_other_arguments_in_the_place_of_given_ones_and_defaults() -> None:
+    def other(original: Any, size: float, extremes: str) -> Any:
+        return size, extremes, original(extremes="share", size=4)[0][0].tolist()
+
+    numbers = np.ones(3)
+    with applied(changes.Patch("_extreme_facts", other)):
+        assert judge._extreme_facts(numbers, numbers, size=2, extremes="seen") == (2, "seen", 0.0)
+
+
+def test_a_patch_is_given_the_defaults_of_arguments_that_were_left_out() -> None:
+    def defaults(original: Any, extremes: str, size: float) -> Any:
+        return extremes, size
+
+    with applied(changes.Patch("interval", defaults)):
+        assert judge.interval([], [], 0.9) == ("seen", 1)  # type: ignore[arg-type]
+
+
+QUESTION = questions.Question("a", " b", (1,), 2)
+CLAIM = judge.Claim("id", "sentence", "ours", "an effect", "within", 0, "none")
+TABLE = vectors.VectorTable("ffn", (), (torch.zeros(3, 1),), (), None, 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("where", "complaint"),
+    ("where", "use"),
+    [
+        ("Question.seed", lambda: QUESTION.seed(1)),
+        ("Claim.confidence", lambda: CLAIM.confidence),
+        ("VectorTable.sizes", lambda: TABLE.sizes),
+        ("VectorTable.of", lambda: vectors.VectorTable.of("ffn", None)),  # type: ignore[arg-type]
+        ("_random_weights", lambda: judge._random_weights(5, 7)),
+        ("planted", lambda: planting.planted(None, ()).gen),  # type: ignore[arg-type, attr-defined]
+    ],
+    ids=["method", "property", "cached property", "class method", "cached function", "context manager"],
+)
+def test_a_patch_reaches_a_function(where: str, use: Any) -> None:
+    def patched(original: Any) -> str:
+        return "patched"
+
+    with applied(changes.Patch(where, patched)):
+        assert use() == "patched"
+
+
+def test_a_patched_function_keeps_its_signature() -> None:
+    def unchanged(original: Any) -> Any:
+        return original()
+
+    before = inspect.signature(norms.frozen_scale)
+    with applied(changes.Patch("frozen_scale", unchanged)):
+        assert inspect.signature(norms.frozen_scale) == before
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
     [
         ("no_such_function", "defined in 0 modules"),
-        ("Edits.no_such", "does not exist: there is no 'no_such'"),
-        ("rerun", "has no argument no_such"),
+        ("no_such_module:rerun", "defined in 0 modules"),
+        ("_log_prob", "defined in 2 modules of the package, not in one: attribution"),
+        ("Edits.no_such_method", "no_such_method"),
+        ('METHODS["no such method"].score', "no such method"),
+        ("METHODS", "not a function"),
     ],
-    ids=["function", "attribute", "argument"],
 )
-def test_a_patch_of_what_does_not_exist_cannot_be_injected(where: str, complaint: str) -> None:
-    def change(original: Any, no_such: Any) -> Any:
-        return original(no_such=no_such)
+def test_a_patch_whose_target_does_not_exist_is_an_error(where: str, message: str) -> None:
+    def unchanged(original: Any) -> Any:
+        return original()
 
-    with pytest.raises(changes.BrokenFaultError, match=complaint):
-        changes.Patch(where, change).apply()
+    with pytest.raises(changes.BrokenFaultError, match=message):
+        changes.Patch(where, unchanged).apply()
+
+
+def test_a_patch_that_names_an_argument_that_does_not_exist_is_an_error() -> None:
+    def reads(original: Any, vectors: Any, epsilon: Any) -> Any:
+        return original()
+
+    def replaces(original: Any) -> Any:
+        return original(epsilon=0)
+
+    for change in (reads, replaces):
+        with pytest.raises(changes.BrokenFaultError, match=r"frozen_scale\(.*has no argument epsilon"):
+            changes.Patch("frozen_scale", change).apply()
 
 
 @pytest.mark.parametrize("old", ["a line that is gone", "logits"], ids=["nowhere", "at several places"])
-def test_an_edit_whose_text_does_not_stand_once_in_its_function_cannot_be_injected(old: str) -> None:
+def test_an_edit_whose_text_does_not_occur_once_in_its_function_is_an_error(old: str) -> None:
     with pytest.raises(changes.BrokenFaultError, match=r"occurs \d+ times in rerun"):
         changes.Edit("rerun", old, "").apply()
+
+
+def test_a_change_is_shown_on_one_line() -> None:
+    def change(original: Any, numbers: Any) -> Any:
+        found = original(
+            numbers=[
+                1,
+                2,
+            ],
+        )
+        return found[1]
+
+    assert str(changes.Patch("f", change)) == "f: `found = original(numbers=[1, 2]); return found[1]`"
+    assert str(changes.Edit("f", "a\n    b", "")) == "f: `a b` → nothing"

@@ -107,22 +107,27 @@ class Patch:
         lines = [ast.get_source_segment(source, each) or "" for each in self._definition().body]
         return f"{self.where}: {_shown('; '.join(lines))}"
 
-    def apply(self) -> None:
-        """Patch the function.
+    def check(self) -> tuple[FunctionType, inspect.Signature, list[str]]:
+        """Return the function, its signature, and which of its arguments the patch is given; change nothing.
 
         Raises:
-            BrokenFaultError: If it does not exist, or lacks an argument that the patch names.
+            BrokenFaultError: If the function does not exist, or lacks an argument that the patch names.
         """
         function = locate(self.where)
         signature = inspect.signature(function)
-        read = list(inspect.signature(self.change).parameters)[1:]
+        given = list(inspect.signature(self.change).parameters)[1:]
         calls = [each for each in ast.walk(self._definition()) if isinstance(each, ast.Call)]
-        set_ = [word.arg for call in calls if ast.unparse(call.func) == "original" for word in call.keywords]
-        unknown = sorted({name for name in (*read, *set_) if name is not None} - set(signature.parameters))
+        replaced = [word.arg for call in calls if ast.unparse(call.func) == "original" for word in call.keywords]
+        unknown = sorted({str(name) for name in (*given, *replaced)} - set(signature.parameters))
         if unknown:
             raise BrokenFaultError(f"{self.where}{signature} has no argument {', '.join(unknown)}")
         if function.__closure__:
             raise BrokenFaultError(f"{self.where} uses names of the function around it; patch that one")
+        return function, signature, given
+
+    def apply(self) -> None:
+        """Patch the function; raises what :meth:`check` does."""
+        function, signature, given = self.check()
         pristine = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
         pristine.__kwdefaults__ = function.__kwdefaults__
         change = self.change
@@ -135,7 +140,7 @@ class Patch:
                 asked = inspect.BoundArguments(signature, bound.arguments | others)  # type: ignore[arg-type]
                 return pristine(*asked.args, **asked.kwargs)
 
-            return change(original, **{name: bound.arguments[name] for name in read})
+            return change(original, **{name: bound.arguments[name] for name in given})
 
         function.__code__ = _trampoline.__code__
         function.__defaults__, function.__kwdefaults__ = None, {"_run": run}
@@ -169,11 +174,11 @@ class Edit:
     def __str__(self) -> str:
         return f"{self.where}: {_shown(self.old)} → {_shown(self.new)}"
 
-    def apply(self) -> None:
-        """Edit the function.
+    def check(self) -> tuple[FunctionType, CodeType]:
+        """Return the function and its code behind the edit; change nothing.
 
         Raises:
-            BrokenFaultError: If it does not exist, or does not hold the text once.
+            BrokenFaultError: If the function does not exist, or does not hold the text once.
         """
         function = locate(self.where)
         source = textwrap.dedent(inspect.getsource(function))
@@ -190,6 +195,11 @@ class Edit:
         )
         if code.co_freevars != function.__code__.co_freevars:
             raise BrokenFaultError(f"{self.where} uses names of the function around it; edit that one")
+        return function, code
+
+    def apply(self) -> None:
+        """Edit the function; raises what :meth:`check` does."""
+        function, code = self.check()
         function.__code__ = code
 
 
@@ -199,4 +209,4 @@ Change: TypeAlias = Patch | Edit
 def _shown(code: str) -> str:
     """Return code on one line, as a table shows it."""
     line = re.sub(r"(?<=[(\[{]) |,? (?=[)\]}])", "", " ".join(code.split()))
-    return f"`{line}`"
+    return f"`{line}`" if line else "nothing"

@@ -25,7 +25,7 @@ def _(original, answers):
     return original(answers=answers.flip(0))
 
 
-# No argument but the points themselves says how many there are.
+# The points are made inside, and what gets them is not told how many there are.
 FAULTS.edit(
     "the path of integrated gradients starts at zero",
     "_integrated",

@@ -79,7 +79,7 @@ def _(original, effects, baselines):
 
 @FAULTS.patch("NaN is judged", "judge", claims=JUDGE)
 def _(original, effects):
-    return original(effects=np.nan_to_num(effects))
+    return original(effects=np.where(np.isfinite(effects), effects, 0))
 
 
 @FAULTS.patch("NaN supports an exact claim", "judge_exact", claims=JUDGE)

@@ -20,7 +20,7 @@ def _(original, components, neurons):
     return original(neurons=_attention(neurons, position=components.shape[1] - 1))
 
 
-# How far a neuron reads is decided inside, and the result says of each component by its place what it was read of.
+# How far a neuron reads is decided inside. Moving the components instead would also change which one is which.
 FAULTS.edit(
     "value neurons read what their own layer writes",
     "read_subkeys",

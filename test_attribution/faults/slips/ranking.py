@@ -10,15 +10,14 @@ from attribution.engine.methods import METHODS, bound_candidates
 FAULTS = Faults()
 
 
-@FAULTS.patch("the least important come first", "top_k", claims=TOP + VALUE + PLANTED)
-def _(original, method):
-    found = original(method=replace(method, score=lambda candidates: -method.score(candidates), bound=None))
-    return replace(found, scores=-found.scores)
+@FAULTS.patch("the least important come first", "_descending", claims=TOP + VALUE + PLANTED)
+def _(original, scores):
+    return original(scores=-scores)
 
 
-@FAULTS.patch("the best is left out", "top_k", claims=TOP + PLANTED)
-def _(original, candidates, k):
-    found = original(k=k and min(k + 1, len(candidates)))
+@FAULTS.patch("the best is left out", "_selected", claims=TOP + PLANTED)
+def _(original, k):
+    found = original(k=k + 1)
     return replace(found, indices=found.indices[1:], scores=found.scores[1:])
 
 

@@ -118,7 +118,7 @@ def _(original, edits):
     return original(edits=_with(edits, lambda mask, filler: (mask, lambda x: 2 * x - _filled(filler, x)), kinds))
 
 
-# The pattern never leaves the trace at this position, neither as an argument nor in a result.
+# The pattern is read inside the trace: no argument and no result holds it.
 FAULTS.edit(
     "edits of one source position read another query's pattern", "_edit_sources", "[rows, :, last]", "[rows, :, 0]"
 )
