@@ -1,5 +1,6 @@
-"""Claims: what is claimed, how it is measured, and how evidence becomes a verdict.
+"""Claims: what a claim is, what is measured for it, and how a measurement becomes a verdict.
 
-`judge` has the statistics, `bench` what the claims about one model share. One module for each subject of
-`test_faithfulness` and `test_knowledge`, in `about_methods`, `about_the_engine`, `about_models`, `about_notebooks`.
+The claims themselves are in the tests of `test_faithfulness` and `test_knowledge`, each with its control and threshold.
+`judge` has the statistics, `bench` what the claims about one model share, `measured` what a measurement returns. The
+measurements are in `about_methods`, `about_the_engine`, `about_models` and `about_notebooks`, one module per subject.
 """

@@ -1,4 +1,4 @@
-"""Claims about attribution methods: is a method faithful?
+"""What is measured for claims about attribution methods: is a method faithful?
 
-One module for each file of `test_faithfulness`: the claims with their thresholds, controls and measurement.
+The files of `test_faithfulness` state the claims; each has a module of the same name here.
 """

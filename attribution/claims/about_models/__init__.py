@@ -1,4 +1,4 @@
-"""Claims about models: where do six kinds of knowledge live?
+"""What is measured for claims about models: where are six kinds of knowledge stored?
 
-One module for each file of `test_knowledge`; also the data of the paper's tables and figures, as exhibits.
+The files of `test_knowledge` state the claims. The data of the paper's tables and figures is here too, as exhibits.
 """

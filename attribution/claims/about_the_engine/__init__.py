@@ -1,4 +1,5 @@
-"""Claims about the engine: is the instrument right?
+"""What is measured for claims about the engine: is the instrument right?
 
-What the engine says is held against its definitions, recounted in other ways, and against inputs with known answers.
+`test_faithfulness/test_definitions.py` and `test_decomposition.py` state the claims. Here the engine's numbers are
+compared with its definitions, recounted in other ways, and with inputs whose answers are known.
 """
