@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 from attribution.errors import BadInputError
 from attribution.experiments.design import Measurement
@@ -65,8 +66,7 @@ def journal(path: str | os.PathLike[str], asked: Mapping[str, Any], prompts: int
         raise BadInputError(
             f"resume={str(path)!r} cannot be written ({error.strerror}); name a file in a folder that exists."
         ) from None
-    with file:
-        _claim(file, where)
+    with file, _claim(where):
         file.seek(0)
         # What follows the last line break was being written when the run ended.
         whole, _, _ = file.read().rpartition(b"\n")
@@ -88,17 +88,21 @@ def journal(path: str | os.PathLike[str], asked: Mapping[str, Any], prompts: int
         yield opened
 
 
-def _claim(file: BinaryIO, where: Path) -> None:
-    """Keep other runs out; the system lets go of the file when the process ends, in whatever way."""
-    if sys.platform == "win32":
-        return
-    import fcntl
+def _claim(where: Path) -> AbstractContextManager[object]:
+    """Keep other runs out; the system releases the lock when the process ends, in whatever way.
 
+    The file that is locked, ``FILE.lock``, is left in place: if it were removed, a run that had already opened it would
+    lock a file that no other run can find.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        return FileLock(f"{where.resolve()}.lock").acquire(timeout=0)
+    except Timeout:
         raise BadInputError(
             f"resume={str(where)!r} is being written by another run; wait for it, or name another file."
+        ) from None
+    except OSError as error:
+        raise BadInputError(
+            f"resume={str(where)!r} cannot be locked ({error.strerror}); name a file in a folder that can be written."
         ) from None
 
 

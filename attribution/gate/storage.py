@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from attribution.errors import BadInputError
 from attribution.gate.stored_run import Baseline, dumps, key_of, label, loads, some
@@ -16,6 +17,9 @@ __all__ = ["FOLDER", "baseline_named", "names_in", "path_of", "prune", "read", "
 
 FOLDER = ".attribution"
 """Folder of baselines, in pytest's root folder."""
+
+# In that folder. Whoever holds it is the only writer; the system releases it when a process dies, in whatever way.
+_LOCK = ".lock"
 
 
 def path_of(folder: Path, name: str) -> Path:
@@ -99,7 +103,7 @@ def save(folder: Path, name: str, baseline: Baseline, *, update: bool) -> bool:
         raise BadInputError(f"baseline {name!r} was not saved: no gated claim was measured; run claims about methods.")
     text = dumps(baseline)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder):
+    with FileLock(folder / _LOCK):
         new = not path.exists()
         if not new:
             _require_replaceable(folder, name, baseline, update)
@@ -110,6 +114,7 @@ def save(folder: Path, name: str, baseline: Baseline, *, update: bool) -> bool:
             # Before the name points to it: after a power cut the file must hold what it is said to hold.
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+        _sync(folder)
     return new
 
 
@@ -128,23 +133,14 @@ def _require_replaceable(folder: Path, name: str, baseline: Baseline, update: bo
         )
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder against other writers. The system lets go of it when a process dies, in whatever way."""
-    if sys.platform == "win32":
-        # A folder cannot be locked there: replacing stays one step, but of two updates at once the later one wins.
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-        # The new name is on the disk as well.
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sync(folder: Path) -> None:
+    """Put a new name on the disk as well, unless the system does not open folders, as Windows does not."""
+    with suppress(PermissionError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def prune(folder: Path, names: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -194,7 +193,6 @@ def test_folder_that_is_missing_is_an_error(model: at.Model, tmp_path: Path) -> 
         at.evaluate(model, PROMPTS, resume=tmp_path / "missing" / "results", **ASKED)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="only Unix locks the file")
 def test_two_runs_do_not_write_one_file(model: at.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, experiment = tmp_path / "results", evaluation.measure_batch
 
@@ -205,3 +203,19 @@ def test_two_runs_do_not_write_one_file(model: at.Model, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(evaluation, "measure_batch", nested)
     at.evaluate(model, PROMPTS, resume=file, **ASKED)
+
+
+def test_file_may_be_written_again_under_whatever_name(model: at.Model, tmp_path: Path) -> None:
+    """The lock is released when a run ends; a link and the file that it points to have the same one."""
+    file, link = tmp_path / "results", tmp_path / "link"
+    link.symlink_to(file)
+    frame = at.evaluate(model, PROMPTS, resume=file, **ASKED)
+    pd.testing.assert_frame_equal(at.evaluate(model, PROMPTS, resume=link, **ASKED), frame, check_exact=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "results", "results.lock"]
+
+
+def test_folder_that_takes_no_lock_is_an_error(model: at.Model, tmp_path: Path) -> None:
+    file = tmp_path / "results"
+    (tmp_path / "results.lock").mkdir()
+    with pytest.raises(at.AttributionError, match=r"cannot be locked \(.*\); name a file in a folder that can be"):
+        at.evaluate(model, PROMPTS, resume=file, **ASKED)

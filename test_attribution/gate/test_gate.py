@@ -635,7 +635,7 @@ def test_baseline_is_written_once_and_replaced_only_when_asked(tmp_path: Path) -
     assert not save(folder, "main", _changed(effects=[1.0] * 12), update=True)
     assert repr(read(folder, "main").verdicts) == repr(_changed(effects=[1.0] * 12).verdicts)
     assert names_in(folder) == ["main"]
-    assert [path.name for path in folder.iterdir()] == ["main.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "main.json"]
 
 
 def test_update_may_add_claims_and_never_loses_one(tmp_path: Path) -> None:
@@ -788,7 +788,7 @@ def _start(code: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
+@pytest.mark.skipif(sys.platform == "win32", reason="a file that somebody reads cannot be replaced there")
 def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     writers = [_start(ADDING, tmp_path, str(number)) for number in range(3)]
     first = [writer.communicate(timeout=240)[0].strip() for writer in writers]
@@ -830,9 +830,9 @@ def test_writer_killed_in_the_middle_leaves_the_old_baseline_whole(point: str, t
     writer.stdout.close()
     assert path_of(tmp_path, "main").read_bytes() == before
     assert names_in(tmp_path) == ["main"]
-    # The dead hold no lock, and what they left is overwritten.
+    # A dead process holds no lock, and its unfinished file is overwritten.
     assert not save(tmp_path, "main", old, update=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["main.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "main.json"]
 
 
 # What tells models apart
