@@ -38,18 +38,18 @@ HEADER = """# Faults and what catches them
 
 A suite that is always green proves nothing. Each row is a slip that an author of this package could make, and what
 turned red when it was made: an identity of the preflight, a family of claims, or an error that stopped the run. Without
-any of them all of these are green on both bundled models. Where the preflight finds a fault no claim is judged, as in a
-real run; otherwise the claims that the fault concerns are.
+a slip, all of these are green on both bundled models. Where the preflight finds a slip, no claim is judged, as in a
+real run; otherwise the claims that the slip concerns are.
 
 A slip is made in one function, or in two that share it. The code is what the function then does instead, given those of
 its arguments that the code names: `original()` is its result without the slip, and `original(norm=other)` its result
 with another argument. An arrow stands for a change of the function's source.
 
-The claims by definition and by hand, and those of known verdicts and outcomes, stand in
+The claims by definition and by hand, and those of known verdicts and outcomes, are in
 `test_faithfulness/test_definitions.py`, known facts in `test_knowledge`, the others in the file of `test_faithfulness`
 that has their name.
 
-Written by `python test_attribution/faults/inject.py --write`; `test_attribution/test_faults.py` makes every fault anew
+Written by `python test_attribution/faults/inject.py --write`; `test_attribution/test_faults.py` makes every slip again
 and compares.
 """
 # Every so manyth fact of the files, and at most so many prompts: with fewer, not all claims used here are supported
