@@ -1,9 +1,9 @@
-"""The gate: what a run is worse at than a baseline, claim by claim and prompt by prompt. Pure; it knows no pytest."""
+"""What a run is worse at than a baseline, claim by claim and prompt by prompt: statistics about two stored runs."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from attribution.claims.judge import Evidence, Verdict
-from attribution.errors import BadInputError
 from attribution.gate.stored_run import DEFINING, Baseline, Key, is_finite, key_of, label, some
 from attribution.models.fingerprint import ModelFacts
 from attribution.wording import counted
 
-__all__ = ["ALLOWABLE", "ROUNDING", "Change", "Comparison", "Policy", "compare", "words_of"]
+__all__ = ["ALLOWABLE", "ROUNDING", "Change", "Comparison", "Kind", "compare"]
 
 ROUNDING = 1e-4
 """How far two machines may differ on one prompt, in the unit of a claim: nats, or a probability, rank or share of 1.
@@ -41,76 +40,10 @@ RESAMPLING_SEED = 20241113
 MIN_FACTS = 10
 # Of a resample, as a share of the sample's.
 LEAST_SPREAD = 0.5
-# Prompts of a claim, and claims of a method, that are shown.
-HURT, SHOWN = 4, 5
+# Prompts of a claim that are shown.
+HURT = 4
 
 Kind: TypeAlias = Literal["unchanged", "changed", "improved", "regressed"]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What turns a run red.
-
-    Attributes:
-        verdicts: Asserted claims that are not supported.
-        regressions: Asserted claims that are worse than in the baseline.
-        tolerance: How much worse is not worth a word, in the unit of each claim.
-    """
-
-    verdicts: bool
-    regressions: bool
-    tolerance: float = ROUNDING
-
-    @classmethod
-    def of(cls, option: str | None, *, comparing: bool) -> Policy:
-        """Return the policy that ``--attribution-fail`` asks for.
-
-        Args:
-            option: Words separated by commas, or ``None`` for the default: all there is.
-            comparing: Whether the run is compared with a baseline.
-
-        Raises:
-            BadInputError: If it is none.
-        """
-        if option is None:
-            return cls(verdicts=True, regressions=comparing)
-        given = [word.partition(":") for word in option.split(",")]
-        words = words_of("--attribution-fail", ",".join(word for word, _, _ in given), ("verdicts", "regressions"))
-        tolerance = ROUNDING
-        for word, colon, number in given:
-            if colon:
-                tolerance = _tolerance(word, number)
-        if "regressions" in words and not comparing:
-            raise BadInputError(
-                f"--attribution-fail={option} asks for regressions, and nothing is compared; add --attribution-compare."
-            )
-        return cls("verdicts" in words, "regressions" in words, tolerance)
-
-
-def _tolerance(word: str, number: str) -> float:
-    try:
-        tolerance = float(number)
-    except ValueError:
-        tolerance = -1
-    if word != "regressions" or not 0 <= tolerance < math.inf:
-        raise BadInputError(
-            f"--attribution-fail has {word}:{number}; only regressions has a number, which is 0 or more, such as "
-            "regressions:0.01."
-        )
-    return tolerance
-
-
-def words_of(option: str, value: str | None, known: Collection[str]) -> tuple[str, ...]:
-    """Return the words of an option, each one of those it knows.
-
-    Raises:
-        BadInputError: If one is another.
-    """
-    words = tuple(value.split(",")) if value is not None else ()
-    for word in words:
-        if word not in known:
-            raise BadInputError(f"{option} has {word!r}; it knows {', '.join(known)}, separated by commas.")
-    return words
 
 
 @dataclass(frozen=True)
@@ -169,54 +102,6 @@ class Comparison:
     def of_kind(self, kind: Kind, *, asserted: bool) -> list[Change]:
         """Return the changes of a kind, of claims that are asserted or of those that are only reported."""
         return [each for each in self.changes if each.kind == kind and each.after.claim.asserted == asserted]
-
-    def lines(self, name: str, before: Baseline, after: Baseline) -> list[str]:
-        """Return the end of a run in words: what was compared, and what came of it.
-
-        Args:
-            name: Name of the baseline.
-            before: The baseline.
-            after: The run.
-        """
-        kinds = Counter(each.kind for each in self.changes)
-        worse, reported = (self.of_kind("regressed", asserted=asserted) for asserted in (True, False))
-        found = [
-            f"{len(self.changes)} of {len(before.verdicts)} claims of baseline {name!r} ({before.made}): "
-            f"{kinds['unchanged']} unchanged, {kinds['changed']} changed within their intervals, "
-            f"{kinds['improved']} improved, {len(worse)} regressed, {len(reported)} worse but only reported"
-        ]
-        other = [
-            f"{library} {version}, then {before.versions.get(library)}"
-            for library, version in after.versions.items()
-            if version != before.versions.get(library)
-        ]
-        if other:
-            found.append(f"made with other versions: {'; '.join(other)}")
-        found += [f"not comparable: {problem}" for problem in self.problems]
-        for what, changes in (("regressed", worse), ("worse, only reported", reported)):
-            found += _told(what, changes)
-        if self.problems or kinds["regressed"] or kinds["improved"]:
-            found.append(
-                f"to take this run as the new baseline: --attribution-save={name} --attribution-update, and commit the "
-                "file"
-            )
-        return found
-
-
-def _told(what: str, changes: Sequence[Change]) -> list[str]:
-    """Return a sentence for the surest changes of each method on each model, and the names of the rest."""
-    groups: dict[tuple[str, str], list[Change]] = defaultdict(list)
-    for each in changes:
-        groups[key_of(each.after)[:2]].append(each)
-    found = []
-    for group in groups.values():
-        # The one whose interval is farthest from zero, in its own widths.
-        ordered = sorted(group, key=lambda each: (each.high - each.low) / each.worsening if each.worsening else 0.0)
-        found += [f"{what}: {each.sentence()}" for each in ordered[:SHOWN]]
-        rest = [label(key_of(each.after)) for each in ordered[SHOWN:]]
-        if rest:
-            found.append(f"{what}: also {', '.join(rest)}")
-    return found
 
 
 def compare(

@@ -118,17 +118,14 @@ class Gate:
     """Gathers what was measured from the reports of tests; compares and saves it at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
-        from attribution.gate.comparison import ALLOWABLE, Policy, words_of
         from attribution.gate.storage import FOLDER, baseline_named, path_of, read
+        from attribution.pytest_plugin.policy import policy_of
 
         self._folder = config.rootpath / FOLDER
         self._save: str | None = config.option.attribution_save
         self._update: bool = bool(config.option.attribution_update)
         compared: str | None = config.option.attribution_compare
-        self._policy = Policy.of(config.option.attribution_fail, comparing=compared is not None)
-        self._allow = words_of("--attribution-allow", config.option.attribution_allow, ALLOWABLE)
-        if self._allow and compared is None:
-            raise pytest.UsageError(f"--attribution-allow is about a comparison; add {COMPARE}, or leave it out.")
+        self._policy = policy_of(config)
         if self._update and self._save is None:
             raise pytest.UsageError(f"--attribution-update has nothing to write; add {SAVE}=NAME, or leave it out.")
         # Whatever can be refused now need not wait until all is measured.
@@ -180,9 +177,10 @@ class Gate:
 
     def _compare(self, before: Baseline, run: Baseline) -> None:
         from attribution.gate.comparison import compare
+        from attribution.report.comparison_text import comparison_lines
 
-        comparison = compare(before, run, tolerance=self._policy.tolerance, allow=self._allow)
-        self._lines += comparison.lines(self._name, before, run)
+        comparison = compare(before, run, tolerance=self._policy.tolerance, allow=self._policy.allow)
+        self._lines += comparison_lines(comparison, self._name, before, run)
         if comparison.problems:
             self._red.append(f"not comparable with baseline {self._name!r}")
         worse = len(comparison.of_kind("regressed", asserted=True))

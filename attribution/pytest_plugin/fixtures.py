@@ -131,11 +131,11 @@ def assert_claim(
     does not assert for the model is only recorded, unless --attribution-assert makes it binding.
     """
     from attribution.claims.about_methods.common import METHOD
-    from attribution.gate.comparison import Policy
+    from attribution.pytest_plugin.policy import policy_of
     from attribution.report.verdicts import verdict_row
 
     config = request.config
-    policy = Policy.of(config.option.attribution_fail, comparing=config.option.attribution_compare is not None)
+    policy = policy_of(config)
 
     def check(verdict: Verdict) -> None:
         __tracebackhide__ = True

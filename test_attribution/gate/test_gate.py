@@ -25,10 +25,11 @@ from attribution.claims.judge import Claim, Evidence, Status, Verdict, judge
 from attribution.errors import BadInputError
 from attribution.gate import comparison as gate
 from attribution.gate import stored_run as baselines
-from attribution.gate.comparison import ROUNDING, Change, Comparison, Policy, compare
+from attribution.gate.comparison import ROUNDING, Change, Comparison, compare
 from attribution.gate.storage import baseline_named, names_in, path_of, prune, read, save
 from attribution.gate.stored_run import Baseline, baseline_of, dumps, loads, record_of
 from attribution.models.fingerprint import ModelFacts, facts_of
+from attribution.report.comparison_text import comparison_lines
 
 CPU = ModelFacts("sha256:" + "0" * 64, None, "float32", "cpu")
 EFFECTS = [0.1 * number for number in range(12)]
@@ -523,7 +524,7 @@ def test_lines_count_what_became_of_the_claims_and_keep_what_is_only_reported_ap
     after = _run(*(_measured((START + by).tolist(), claim) for claim, by in zip(claims, shifts, strict=True)))
     comparison = compare(before, replace(after, versions={"torch": "9"}))
     assert [change.after.claim.id for change in comparison.of_kind("regressed", asserted=True)] == ["worse"]
-    lines = comparison.lines("main", before, replace(after, versions={"torch": "9"}))
+    lines = comparison_lines(comparison, "main", before, replace(after, versions={"torch": "9"}))
     assert lines[0] == (
         f"5 of 5 claims of baseline 'main' ({before.made}): 1 unchanged, 1 changed within their intervals, 1 improved, "
         "1 regressed, 1 worse but only reported"
@@ -531,7 +532,7 @@ def test_lines_count_what_became_of_the_claims_and_keep_what_is_only_reported_ap
     assert lines[1] == f"made with other versions: torch 9, then {before.versions['torch']}"
     assert [line.split(" (")[0] for line in lines[2:4]] == ["regressed: 'worse'", "worse, only reported: 'reported'"]
     assert lines[4].startswith("to take this run as the new baseline: --attribution-save=main --attribution-update")
-    assert len(comparison.lines("main", before, after)) == 4
+    assert len(comparison_lines(comparison, "main", before, after)) == 4
 
 
 def test_surest_regressions_of_each_method_are_told_in_full_and_the_rest_by_name() -> None:
@@ -544,7 +545,11 @@ def test_surest_regressions_of_each_method_are_told_in_full_and_the_rest_by_name
             for claim, loss in zip(claims, losses, strict=True)
         )
     )
-    lines = [line for line in compare(before, after).lines("main", before, after) if line.startswith("regressed: ")]
+    lines = [
+        line
+        for line in comparison_lines(compare(before, after), "main", before, after)
+        if line.startswith("regressed: ")
+    ]
     assert len(lines) == 12
     surest = [claims[place].id for place in np.argsort(-losses[:20])[:5]]
     assert [line.split("'")[1] for line in lines[:5]] == surest
@@ -850,38 +855,3 @@ def test_weights_are_told_apart_by_one_bit_and_by_dtype_and_not_by_loading(folde
         bias[3] = torch.nextafter(bias[3], torch.tensor(math.inf))
     weights.add(facts_of(again).weights)
     assert len(weights) == 4
-
-
-# Options
-
-
-@pytest.mark.parametrize(
-    ("option", "comparing", "policy"),
-    [
-        (None, False, Policy(True, False)),
-        (None, True, Policy(True, True)),
-        ("verdicts", True, Policy(True, False)),
-        ("regressions", True, Policy(False, True)),
-        ("regressions:0.01,verdicts", True, Policy(True, True, 0.01)),
-        ("regressions:0", True, Policy(False, True, 0.0)),
-    ],
-)
-def test_policy_is_what_the_option_says(option: str | None, comparing: bool, policy: Policy) -> None:
-    assert Policy.of(option, comparing=comparing) == policy
-
-
-@pytest.mark.parametrize(
-    ("option", "comparing", "why"),
-    [
-        ("", True, "--attribution-fail has ''; it knows verdicts, regressions"),
-        ("verdict", True, "--attribution-fail has 'verdict'; it knows verdicts, regressions"),
-        ("regressions:x", True, "has regressions:x; only regressions has a number, which is 0 or more"),
-        ("regressions:-1", True, "has regressions:-1"),
-        ("regressions:nan", True, "has regressions:nan"),
-        ("verdicts:1", True, "has verdicts:1"),
-        ("regressions", False, "asks for regressions, and nothing is compared; add --attribution-compare"),
-    ],
-)
-def test_policy_that_cannot_be_meant_is_refused(option: str, comparing: bool, why: str) -> None:
-    with pytest.raises(BadInputError, match=why):
-        Policy.of(option, comparing=comparing)
