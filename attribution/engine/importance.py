@@ -170,10 +170,10 @@ class Candidates:
         return self.streams.probs
 
     def places_of(self, records: Sequence[Component]) -> Tensor:
-        """Return the index of each record among the candidates of a neuron unit, (n,); all must be there.
+        """Return the index of each record among all candidates of the unit, (n,); all must be there.
 
         Raises:
-            BadInputError: If a record is not a neuron of the unit, or lies outside the model or the prompt.
+            BadInputError: If a record is not of the unit, or lies outside the model or the prompt.
         """
         depth = int(self.position.max()) + 1 if len(self) else 1
         places = []

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -24,6 +23,9 @@ from attribution.models.running import on_site
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import TokenBatch, pad
 from attribution.records import SUBLAYERS, Component, FFNNeuron, SublayerKind, Unit, unit_named
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Ranking", "Search", "all_candidates", "attribute", "rank_all", "rank_batch", "scores_of"]
 
@@ -81,6 +83,9 @@ class Ranking:
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per record, best first, indexed by rank from 1."""
+        # A machine that holds the weights makes rankings too, and need not have pandas.
+        import pandas as pd
+
         columns: dict[str, list[object]] = {}
         for number, record in enumerate(self.neurons):
             for name, value in _columns(record, self.unit).items():

@@ -20,7 +20,7 @@ from attribution.records import (
     Head,
     HeadPosition,
     Layer,
-    Neuron,
+    SublayerKind,
     Unit,
 )
 
@@ -160,28 +160,34 @@ class VectorTable:
         return AttentionNeuron(sublayer.layer, head, dim, position)
 
     def place_of(self, record: Component, positions: int) -> int | None:
-        """Return the index of a neuron among the candidates of :meth:`places`; ``None`` if it is not one of them."""
-        kind = "ffn" if isinstance(record, FFNNeuron) else "attention"
-        starts = self._starts(positions).get((record.layer, kind)) if isinstance(record, Neuron) else None
-        if starts is None:
+        """Return the index of a record among the candidates of :meth:`places`; ``None`` if it is not one of them."""
+        kind = record.kind if isinstance(record, Layer) else "ffn" if isinstance(record, FFNNeuron) else "attention"
+        slot = self._slots.get((record.layer, kind))
+        if slot is None:
             return None
-        start, rows, depth = starts
-        if isinstance(record, FFNNeuron):
-            return start + record.index if 0 <= record.index < rows else None
-        assert isinstance(record, AttentionNeuron)
-        heads = rows // self.per_head
-        inside = 0 <= record.head < heads and 0 <= record.dim < self.per_head and 0 <= record.position < depth
-        return start + (record.head * self.per_head + record.dim) * depth + record.position if inside else None
+        depths = [positions if each.kind == "attention" else 1 for each in self.sublayers]
+        row, position = self._row_and_position(record)
+        inside = 0 <= row < self.sizes[slot] and 0 <= position < depths[slot]
+        # A dimension beyond its head, or a record of another unit, comes back as something else.
+        if not inside or self.record(slot, row, position) != record:
+            return None
+        before = sum(size * depth for size, depth in zip(self.sizes[:slot], depths, strict=False))
+        return before + row * depths[slot] + position
 
-    def _starts(self, positions: int) -> dict[tuple[int, str], tuple[int, int, int]]:
-        """Return, for each sublayer, the index of its first candidate, its rows, and the candidates of each row."""
-        found: dict[tuple[int, str], tuple[int, int, int]] = {}
-        start = 0
-        for sublayer, rows in zip(self.sublayers, self.sizes, strict=True):
-            depth = positions if sublayer.kind == "attention" else 1
-            found[sublayer.layer, sublayer.kind] = (start, rows, depth)
-            start += rows * depth
-        return found
+    def _row_and_position(self, record: Component) -> tuple[int, int]:
+        """Return which row of its slot a record is, and at which source position: what :meth:`record` is made of."""
+        if isinstance(record, AttentionNeuron):
+            return record.head * self.per_head + record.dim, record.position
+        if isinstance(record, HeadPosition):
+            return record.head * self.per_head + record.position, 0
+        if isinstance(record, Head):
+            return record.head, 0
+        return (record.index, 0) if isinstance(record, FFNNeuron) else (0, 0)
+
+    @cached_property
+    def _slots(self) -> dict[tuple[int, SublayerKind], int]:
+        """The slot of each sublayer, by layer and kind."""
+        return {(each.layer, each.kind): slot for slot, each in enumerate(self.sublayers)}
 
     def written(self, slot: int, rows: Tensor) -> Tensor:
         """Return vectors as they are written for a coefficient and a gain of 1, float64, (rows, width)."""
