@@ -208,8 +208,28 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Rows that together have every setting that code outside of ``models`` has to get right: Conv1D, grouped queries,
+# halves of a block side by side, a norm behind each half, soft caps, clipped values, scaled residuals and logits, and
+# weights that are fused by heads, by groups of them, and by halves of an FFN.
+REPRESENTATIVE = ("gpt2", "llama", "gpt_neox", "gemma2", "phi3", "falcon-grouped", "olmo-clipped", "granite")
 # Families whose tokenizers put a token in front; the others are byte-level and put none.
 _IN_FRONT = {"llama", "mistral", "gemma", "gemma2", "gemma3", "gemma3_text", "phi3", "cohere"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let whoever adds a family run all tests of the engine on it."""
+    parser.addoption(
+        "--every-architecture",
+        action="store_true",
+        help="run on every tiny model what otherwise runs on those that together have every setting",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Choose the rows of ``ARCHITECTURES`` that ``representative`` goes through."""
+    if "representative" in metafunc.fixturenames:
+        rows = ARCHITECTURES if metafunc.config.getoption("--every-architecture", default=False) else REPRESENTATIVE
+        metafunc.parametrize("representative", list(rows), indirect=True, scope="session")
 
 
 def _gpt2_tokenizer() -> PreTrainedTokenizerFast:
@@ -389,3 +409,21 @@ def architecture_model(loaded: Callable[[str], at.Model], architecture: str) -> 
 def architecture_plain(architecture_folder: Path) -> Any:
     """The same weights in plain transformers, without this package. Read-only: copy it to edit it."""
     return _plain(architecture_folder)
+
+
+@pytest.fixture(scope="session")
+def representative(request: pytest.FixtureRequest) -> str:
+    """Every row of ``REPRESENTATIVE``, one after the other; all of ``ARCHITECTURES`` if the command line says so."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def representative_model(loaded: Callable[[str], at.Model], representative: str) -> at.Model:
+    """The tiny model of ``representative``, loaded by this package."""
+    return loaded(representative)
+
+
+@pytest.fixture(scope="session")
+def representative_plain(make_folder: Callable[[str], Path], representative: str) -> Any:
+    """The same weights in plain transformers, without this package. Read-only: copy it to edit it."""
+    return _plain(make_folder(representative))

@@ -1,4 +1,4 @@
-"""What is counted again agrees with the engine in every architecture; test_faults.py shows that it can disagree."""
+"""What is counted again agrees with the engine in every setting; test_faults.py shows that it can disagree."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def _bench(model: Model, *, known: bool) -> Workbench:
     return bench
 
 
-def test_the_engine_agrees_with_its_definitions_in_every_architecture(architecture_model: Model) -> None:
-    bench = _bench(architecture_model, known=True)
+def test_the_engine_agrees_with_its_definitions_in_every_setting(representative_model: Model) -> None:
+    bench = _bench(representative_model, known=True)
     verdicts = [claim(bench) for claim in CLAIMS.values()]
     assert not [verdict.sentence() for verdict in verdicts if verdict.status is not Status.SUPPORTED]
 

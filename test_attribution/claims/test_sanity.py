@@ -57,12 +57,12 @@ def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_randomised_copy_shuffles_every_parameter_and_leaves_the_model_bit_for_bit(
-    architecture_model: at.Model,
+    representative_model: at.Model,
 ) -> None:
-    module = architecture_model.network._module
+    module = representative_model.network._module
     originals = {name: tensor.clone() for name, tensor in _tensors(module).items()}
-    logits = _logits(architecture_model)
-    twin = randomised(architecture_model)
+    logits = _logits(representative_model)
+    twin = randomised(representative_model)
     shuffled = dict(twin.network._module.named_parameters())
     assert list(shuffled) == [name for name, _ in module.named_parameters()]
     for name, parameter in shuffled.items():
@@ -76,20 +76,20 @@ def test_randomised_copy_shuffles_every_parameter_and_leaves_the_model_bit_for_b
     assert not torch.allclose(_logits(twin), logits, atol=0.1)
     for name, tensor in _tensors(module).items():
         assert torch.equal(tensor, originals[name])
-    assert torch.equal(_logits(architecture_model), logits)
+    assert torch.equal(_logits(representative_model), logits)
 
 
-def test_randomised_copy_shares_no_memory_with_the_model(architecture_model: at.Model) -> None:
+def test_randomised_copy_shares_no_memory_with_the_model(representative_model: at.Model) -> None:
     def memory(model: at.Model) -> set[int]:
         return {tensor.untyped_storage().data_ptr() for tensor in _tensors(model.network._module).values()}
 
-    twin = randomised(architecture_model)
-    assert not memory(twin) & memory(architecture_model)
+    twin = randomised(representative_model)
+    assert not memory(twin) & memory(representative_model)
     # What attribution reads is the copy's: its own tables, of its own weights.
-    tied = {id(parameter) for parameter in architecture_model.network._module.parameters()}
+    tied = {id(parameter) for parameter in representative_model.network._module.parameters()}
     assert len(tied) == len(list(twin.network._module.parameters()))
     for unit in ("ffn", "attention"):
-        table, original = vector_table(twin, unit), vector_table(architecture_model, unit)
+        table, original = vector_table(twin, unit), vector_table(representative_model, unit)
         assert table is not None
         assert original is not None
         for vectors, others in zip(table.vectors, original.vectors, strict=True):

@@ -189,15 +189,15 @@ def _logp_without(plain: Any, ids: torch.Tensor, answer: int, final_norm: Any, v
     return float(logits.double().log_softmax(-1)[answer])
 
 
-def test_direct_effect_is_that_of_the_models_own_readout_in_every_architecture(
-    architecture_model: at.Model, architecture_plain: Any
+def test_direct_effect_is_that_of_the_models_own_readout_in_every_setting(
+    representative_model: at.Model, representative_plain: Any
 ) -> None:
     """Plain transformers run the final norm and all that follows on a state without what the neuron wrote.
 
     What it wrote is read off the modules: a down projection of its coefficient alone, without the bias, times the
     ratio of the outputs and inputs of a norm that follows, and the family's constant.
     """
-    model, plain, family = architecture_model, architecture_plain, architecture_model.anatomy.family
+    model, plain, family = representative_model, representative_plain, representative_model.anatomy.family
     prompt, answer = PROMPTS[0].text, PROMPTS[0].answer
     ids = torch.tensor([model.tokenizer.encode(prompt)])
     target = model.tokenizer.encode(prompt + answer)[-1]

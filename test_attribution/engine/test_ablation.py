@@ -252,16 +252,16 @@ def test_ablating_is_zeroing_rows_in_the_weights(
     _assert_differ(model, expected, plain_logits(PROMPT))
 
 
-def test_three_ways_of_switching_off_agree_in_every_architecture(
-    architecture_model: at.Model, architecture_plain: Any
+def test_three_ways_of_switching_off_agree_in_every_setting(
+    representative_model: at.Model, representative_plain: Any
 ) -> None:
     """An activation, a parameter of the copy that the package makes, and one of a plain copy."""
-    model = architecture_model
+    model = representative_model
     ids = _ids(model, PROMPT)
-    whole = _run(architecture_plain, ids)
+    whole = _run(representative_plain, ids)
     activations = at.ablate(model, [PROMPT] * len(SETS), list(SETS.values()))
     for neurons, logits in zip(SETS.values(), activations, strict=True):
-        expected = _run(_with_zeroed_rows(model, architecture_plain, neurons), ids)
+        expected = _run(_with_zeroed_rows(model, representative_plain, neurons), ids)
         _assert_same(model, logits, expected)
         _assert_differ(model, expected, whole)
         with zeroed_parameters(model, neurons) as edited:
@@ -371,9 +371,9 @@ def test_ablation_reaches_earlier_positions_too(model: at.Model, plain: Any, neu
     _assert_differ(model, at.ablate(model, PROMPT, [neuron]), last_only)
 
 
-def test_all_source_positions_of_the_last_layer_are_the_dimension_itself(architecture_model: at.Model) -> None:
+def test_all_source_positions_of_the_last_layer_are_the_dimension_itself(representative_model: at.Model) -> None:
     """Nothing reads the other query positions any more, so what only the last position takes is all there is."""
-    model = architecture_model
+    model = representative_model
     last, length = model.anatomy.layers - 1, len(_ids(model, PROMPT))
     dims = [at.AttentionNeuron(last, 1, dim, position) for dim in range(5) for position in range(length)]
     heads = [at.HeadPosition(last, 1, position) for position in range(length)]
@@ -464,16 +464,16 @@ def test_what_is_ablated_everywhere_is_not_taken_away_again_at_a_source(model: a
 
 
 @pytest.mark.parametrize(("kind", "reference"), [("zero", []), ("mean", REFERENCE), ("resample", [LONGER])])
-def test_each_kind_is_what_hooks_on_a_plain_model_do_in_every_architecture(
-    architecture_model: at.Model, architecture_plain: Any, kind: str, reference: list[str]
+def test_each_kind_is_what_hooks_on_a_plain_model_do_in_every_setting(
+    representative_model: at.Model, representative_plain: Any, kind: str, reference: list[str]
 ) -> None:
-    model = architecture_model
-    values = _values(model, architecture_plain, kind, reference)
+    model = representative_model
+    values = _values(model, representative_plain, kind, reference)
     logits = at.ablate(model, [PROMPT] * len(SETS), list(SETS.values()), **_options(kind, reference))
     for ablated, neurons in zip(logits, SETS.values(), strict=True):
-        expected = _replaced(model, architecture_plain, PROMPT, neurons, values)
+        expected = _replaced(model, representative_plain, PROMPT, neurons, values)
         _assert_same(model, ablated, expected)
-        _assert_differ(model, expected, _run(architecture_plain, _ids(model, PROMPT)))
+        _assert_differ(model, expected, _run(representative_plain, _ids(model, PROMPT)))
 
 
 @pytest.mark.parametrize("donor", [LONGER, SHORTER, TWIN])
@@ -483,9 +483,9 @@ def test_a_donor_is_aligned_at_the_last_token(model: at.Model, plain: Any, donor
     _assert_same(model, at.ablate(model, PROMPT, MIXED, kind="resample", reference=[donor]), expected)
 
 
-def test_a_prompt_resampled_whole_answers_as_its_donor(architecture_model: at.Model) -> None:
+def test_a_prompt_resampled_whole_answers_as_its_donor(representative_model: at.Model) -> None:
     """Both end in one token at one position: with all that blocks write replaced, the final state is the donor's."""
-    model = architecture_model
+    model = representative_model
     assert (len(_ids(model, TWIN)), _ids(model, TWIN)[-1]) == (len(_ids(model, PROMPT)), _ids(model, PROMPT)[-1])
     everything = [at.Layer(layer, kind) for layer in range(model.anatomy.layers) for kind in ("attention", "ffn")]
     resampled = at.ablate(model, PROMPT, everything, kind="resample", reference=TWIN)

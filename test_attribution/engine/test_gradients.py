@@ -145,9 +145,9 @@ def test_attention_neurons_add_up_over_positions_to_their_dimension(precise: at.
         assert ((effects[layer, 0].sum(-1) - expected).abs() <= curvature + ROUNDING).all()
 
 
-def test_the_gradient_is_the_finite_difference_in_every_architecture(architecture_model: at.Model) -> None:
+def test_the_gradient_is_the_finite_difference_in_every_setting(representative_model: at.Model) -> None:
     """All neurons of a sublayer in one random direction: one number per sublayer and prompt that each counts in."""
-    model, anatomy = architecture_model, architecture_model.anatomy
+    model, anatomy = representative_model, representative_model.anatomy
     batch, answers = _ask(model)
     seen = read_activations(model, batch, positions="all")
     ffn, attention = _pair(read_effects(model, batch, answers, "gradient"))
@@ -216,9 +216,9 @@ def _effects_of(slopes: tuple[Tensor, Tensor], seen: Activations) -> tuple[Tenso
 
 
 def test_grad_drop_is_the_mean_over_really_dropped_layers(
-    architecture_model: at.Model, architecture_plain: Any
+    representative_model: at.Model, representative_plain: Any
 ) -> None:
-    model, plain, anatomy = architecture_model, architecture_plain, architecture_model.anatomy
+    model, plain, anatomy = representative_model, representative_plain, representative_model.anatomy
     batch, answers = _ask(model)
     seen = read_activations(model, batch, positions="all")
 
@@ -415,10 +415,10 @@ def test_behind_a_norm_integrated_gradients_are_a_multiple_of_the_gradient(archi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_answers_in_every_architecture(architecture_model: at.Model, kind: str) -> None:
-    anatomy = architecture_model.anatomy
-    batch, answers = _ask(architecture_model)
-    ffn, attention = _pair(read_effects(architecture_model, batch, answers, kind, steps=2))
+def test_every_kind_answers_in_every_setting(representative_model: at.Model, kind: str) -> None:
+    anatomy = representative_model.anatomy
+    batch, answers = _ask(representative_model)
+    ffn, attention = _pair(read_effects(representative_model, batch, answers, kind, steps=2))
     prompts, positions = batch.ids.shape
     assert ffn.shape == (anatomy.layers, prompts, anatomy.ffn_neurons)
     assert attention.shape == (anatomy.layers, prompts, anatomy.heads * anatomy.head_dim, positions)

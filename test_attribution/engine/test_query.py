@@ -1,4 +1,4 @@
-"""The query side: every share against loops written out by hand, and identities on every architecture."""
+"""The query side: every share against loops written out by hand, and identities in every setting."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def test_query_scores_equal_loops_written_out_by_hand(
         assert score == pytest.approx(by_neuron[neuron.layer, neuron.index], abs=slack), neuron
 
 
-# --- Identities, on every architecture ------------------------------------------------------------------------------
+# --- Identities, in every setting -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -347,8 +347,8 @@ def _traced(model: at.Model, prompt: str = PROMPT) -> Traced:
 
 
 @pytest.fixture
-def traced(architecture_model: at.Model) -> Traced:
-    return _traced(architecture_model)
+def traced(representative_model: at.Model) -> Traced:
+    return _traced(representative_model)
 
 
 def _pre_activations(readings: Readings) -> Tensor:
@@ -758,8 +758,8 @@ def test_frames_list_every_component_once_and_every_neuron_by_rank(model: at.Mod
     assert frame["query_score"].tolist() == result.scores.tolist()
 
 
-def test_a_batch_gives_what_each_prompt_gives_alone(architecture_model: at.Model) -> None:
-    model = architecture_model
+def test_a_batch_gives_what_each_prompt_gives_alone(representative_model: at.Model) -> None:
+    model = representative_model
     prompts = [at.Prompt(OTHER, OTHER_ANSWER), at.Prompt(PROMPT, ANSWER)]
     rankings = []
     for prompt in prompts:

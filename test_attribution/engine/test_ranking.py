@@ -67,9 +67,11 @@ def _states(unit: str, record: Any, activations: Activations, model: at.Model) -
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_every_unit_is_the_change_of_log_probability_by_what_it_writes(architecture_model: at.Model, unit: str) -> None:
-    """One record at a time, the state before and after it, in every architecture."""
-    model = architecture_model
+def test_every_unit_is_the_change_of_log_probability_by_what_it_writes(
+    representative_model: at.Model, unit: str
+) -> None:
+    """One record at a time, the state before and after it, in every setting."""
+    model = representative_model
     activations = _traced(model)
     ranking = at.attribute(model, PROMPT, ANSWER, unit=unit, k=None)
     anatomy, length = model.anatomy, activations.pattern.shape[-1]
@@ -86,9 +88,9 @@ def test_every_unit_is_the_change_of_log_probability_by_what_it_writes(architect
         assert float(ranking.scores[place]) == pytest.approx(float(moved[ranking.answer_id]), abs=1e-5)
 
 
-def test_importances_of_layers_telescope(architecture_model: at.Model) -> None:
+def test_importances_of_layers_telescope(representative_model: at.Model) -> None:
     """Each layer starts where the one before ended, so they sum to log p(w|final) - log p(w|embedding)."""
-    model, activations = architecture_model, _traced(architecture_model)
+    model, activations = representative_model, _traced(representative_model)
     ranking = at.attribute(model, PROMPT, ANSWER, unit="layer", k=None)
     ends = [
         _log_probs(state, activations, model) for state in (activations.resid_pre[0, 0], activations.resid_final[0])
@@ -130,24 +132,24 @@ def test_both_kinds_of_neurons_together_are_both_rankings_merged(model: at.Model
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_top_k_is_the_head_of_the_whole_ranking(architecture_model: at.Model, unit: str) -> None:
-    whole = at.attribute(architecture_model, PROMPT, ANSWER, unit=unit, k=None)
+def test_top_k_is_the_head_of_the_whole_ranking(representative_model: at.Model, unit: str) -> None:
+    whole = at.attribute(representative_model, PROMPT, ANSWER, unit=unit, k=None)
     for k in (1, 5):
-        few = at.attribute(architecture_model, PROMPT, ANSWER, unit=unit, k=k)
+        few = at.attribute(representative_model, PROMPT, ANSWER, unit=unit, k=k)
         assert few.neurons == whole.neurons[:k]
         assert few.exact.slack > few.exact.tolerance
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_ranks_both_kinds_of_neurons(architecture_model: at.Model, method: str) -> None:
+def test_every_method_ranks_both_kinds_of_neurons(representative_model: at.Model, method: str) -> None:
     """In a batch of two lengths as alone."""
     prompts = [PROMPT, "A ripe cherry is"]
     answers = [ANSWER, " red"]
-    together = at.attribute(architecture_model, prompts, answers, unit="neuron", method=method, k=None, steps=3)
+    together = at.attribute(representative_model, prompts, answers, unit="neuron", method=method, k=None, steps=3)
     for prompt, answer, ranking in zip(prompts, answers, together, strict=True):
         assert torch.isfinite(ranking.scores).all()
         assert ranking.scores.std() > 0
-        alone = at.attribute(architecture_model, prompt, answer, unit="neuron", method=method, k=None, steps=3)
+        alone = at.attribute(representative_model, prompt, answer, unit="neuron", method=method, k=None, steps=3)
         scores = dict(zip(alone.neurons, alone.scores.tolist(), strict=True))
         # Padding changes the order of float32 sums in the model, and nothing else.
         if "rank" not in method:

@@ -155,8 +155,8 @@ def test_ablated_logits_of_a_batch_equal_those_of_single_prompts(model: at.Model
         torch.testing.assert_close(together[row], at.ablate(model, prompt, neurons[row]), **CLOSE)
 
 
-def test_reruns_from_the_first_edited_layer_give_what_whole_ones_do(architecture_model: at.Model) -> None:
-    model = architecture_model
+def test_reruns_from_the_first_edited_layer_give_what_whole_ones_do(representative_model: at.Model) -> None:
+    model = representative_model
     questions = [question_of(model, prompt, answer) for prompt, answer in QUESTIONS]
     plain = run_plainly(model, pad([question.ids for question in questions]))
     # Rows of another order, number and width than the plain run's.

@@ -94,8 +94,8 @@ def _weights(model: at.Model) -> dict[str, Tensor]:
 # What is planted reads and writes as asked
 
 
-def test_a_planted_ffn_neuron_fires_as_asked_in_every_architecture(architecture_model: at.Model) -> None:
-    model, plant = architecture_model, _plant(architecture_model, FFN)
+def test_a_planted_ffn_neuron_fires_as_asked_in_every_setting(representative_model: at.Model) -> None:
+    model, plant = representative_model, _plant(representative_model, FFN)
     with planted(model, [plant]) as copy:
         found = _last(copy, _read(copy).coefficients[LAYER])[:, FFN.index].double()
         natural = _last(model, _read(model).coefficients[LAYER])[:, FFN.index].double()
@@ -107,10 +107,10 @@ def test_a_planted_ffn_neuron_fires_as_asked_in_every_architecture(architecture_
     assert (natural - _fired(model.anatomy, ASKED)).abs().max() > 10 * tolerance
 
 
-def test_a_planted_attention_neuron_takes_the_value_that_was_asked_in_every_architecture(
-    architecture_model: at.Model,
+def test_a_planted_attention_neuron_takes_the_value_that_was_asked_in_every_setting(
+    representative_model: at.Model,
 ) -> None:
-    model, plant = architecture_model, _plant(architecture_model, ATTENTION)
+    model, plant = representative_model, _plant(representative_model, ATTENTION)
     anatomy = model.anatomy
     with planted(model, [plant]) as copy:
         values = _last(copy, _read(copy).values[LAYER])[:, ATTENTION.head, ATTENTION.dim].double()
@@ -130,9 +130,9 @@ def test_a_planted_attention_neuron_takes_the_value_that_was_asked_in_every_arch
     assert (natural - ASKED).abs().max() > 10 * tolerance
 
 
-def test_a_planted_copy_is_the_sum_of_its_parts_in_every_architecture(architecture_model: at.Model) -> None:
+def test_a_planted_copy_is_the_sum_of_its_parts_in_every_setting(representative_model: at.Model) -> None:
     """Its anatomy says what the copy runs with: attribution reads the planted weights, not the original's."""
-    model = architecture_model
+    model = representative_model
     with planted(model, [_plant(model, FFN), _plant(model, ATTENTION)]) as copy:
         errors = decomposition_errors(_read(copy), copy.anatomy, _batch(copy).mask)
         assert max(errors.values()) <= 1
@@ -141,10 +141,10 @@ def test_a_planted_copy_is_the_sum_of_its_parts_in_every_architecture(architectu
 
 
 @pytest.mark.parametrize("neuron", [FFN, ATTENTION], ids=["ffn", "attention"])
-def test_ablating_what_was_planted_is_ablating_what_was_there_in_every_architecture(
-    architecture_model: at.Model, neuron: Neuron
+def test_ablating_what_was_planted_is_ablating_what_was_there_in_every_setting(
+    representative_model: at.Model, neuron: Neuron
 ) -> None:
-    model = architecture_model
+    model = representative_model
     gone = displaced(model.anatomy, [neuron])
     natural = [at.ablate(model, prompt, gone) for prompt in PROMPTS]
     with planted(model, [_plant(model, neuron, length=10)]) as copy:
@@ -163,10 +163,10 @@ def _changed(model: at.Model, copy: at.Model) -> dict[str, int]:
     return {name: number for name, one, other in pairs if (number := int((one != other).sum()))}
 
 
-def test_nothing_but_the_planted_rows_differs_and_nothing_else_is_copied_in_every_architecture(
-    architecture_model: at.Model,
+def test_nothing_but_the_planted_rows_differs_and_nothing_else_is_copied_in_every_setting(
+    representative_model: at.Model,
 ) -> None:
-    model, anatomy = architecture_model, architecture_model.anatomy
+    model, anatomy = representative_model, representative_model.anatomy
     before = {name: weight.clone() for name, weight in _weights(model).items()}
     subkeys, group = anatomy.subkeys[LAYER], anatomy.heads // anatomy.kv_heads
     rows = {FFN: 2 + (subkeys.gate is not None), ATTENTION: 1 + group}
