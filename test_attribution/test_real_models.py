@@ -21,6 +21,10 @@ ROOT = Path(__file__).parents[1]
 # it takes many minutes.
 CONFTEST = "def pytest_attribution_categories(): return ['color', 'month']"
 CUTS = ("--max-prompts=24", "-n0", "-k", "not leave_nothing_better_out and not scores_are_what_they")
+# What is claimed of the engine may differ by the root of epsilon, as a share of an effect. Where weights are random, an
+# ablation at one source position changes next to nothing, and in float32 it is up to the processor whether rounding is
+# less than that share: 3.6e-4 was measured where 3.5e-4 is allowed, before and after any change of the engine.
+DTYPE = "--dtype=float64"
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +48,14 @@ def test_random_model_of_gpt2s_shape_is_sound_and_knows_nothing(pytester: pytest
     for name in ("test_faithfulness", "test_knowledge"):
         shutil.copytree(ROOT / name, pytester.path / name)
     pytester.makeini("[pytest]\naddopts = --strict-markers --import-mode=importlib -p no:cacheprovider\n")
-    result = pytester.runpytest_subprocess("-m", "gpt2", f"--models-dir={models_dir}", *CUTS)
+    result = pytester.runpytest_subprocess("-m", "gpt2", f"--models-dir={models_dir}", DTYPE, *CUTS)
     text = result.stdout.str()
     outcomes = result.parseoutcomes()
     # Nothing of it is asserted but that the engine is right.
     assert result.ret == pytest.ExitCode.OK, text
     assert outcomes.keys() <= {"passed", "deselected"}, outcomes
     assert outcomes["passed"] > 150
-    result.stdout.fnmatch_lines([f"attribution: gpt2 from {models_dir / 'gpt2'} in float32 on cpu"])
+    result.stdout.fnmatch_lines([f"attribution: gpt2 from {models_dir / 'gpt2'} in float64 on cpu"])
     asserted, _, reported = text.partition("reported, not asserted")
     sound = Counter(re.findall(r"^gpt2 .* (supported|refuted|inconclusive)\b", asserted, re.MULTILINE))
     assert sound.keys() == {"supported"}
