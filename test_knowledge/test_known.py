@@ -29,8 +29,10 @@ def test_model_knows_the_facts_of_a_category(
         # About a model; what methods are compared by is in test_faithfulness.
         gated=False,
     )
-    prompts = [prompt for prompt in bench.knowledge.prompts if prompt.category == category]
-    known, fooled = ({prompt.text for prompt in each} for each in (bench.known, bench.known_with_swapped_answers))
+    prompts = [prompt for prompt in bench.sample.knowledge.prompts if prompt.category == category]
+    known, fooled = (
+        {prompt.text for prompt in each} for each in (bench.sample.known, bench.sample.known_with_swapped_answers)
+    )
     effects = [(prompt.text in known) - (prompt.text in fooled) for prompt in prompts]
     facts = [prompt.fact for prompt in prompts]
     assert_claim(judge(claim, model=bench.model.name, effects=effects, facts=facts))

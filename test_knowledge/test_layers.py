@@ -70,7 +70,7 @@ def test_top_layers_lie_in_the_deeper_half(
         threshold=0.0,
         control="as many layers drawn at random, whose mean depth is that of all",
         min_prompts=MIN_OF_CATEGORY,
-        comparisons=len(bench.knowledge.words),
+        comparisons=len(bench.sample.knowledge.words),
         family="depth of layers",
         gated=False,
     )

@@ -79,7 +79,7 @@ def test_prompts_of_a_category_share_neurons(
         threshold=0.0,
         control="as many neurons drawn in each layer as the prompt has there",
         min_prompts=MIN_OF_CATEGORY,
-        comparisons=len(neurons.SIDES) * len(bench.knowledge.words),
+        comparisons=len(neurons.SIDES) * len(bench.sample.knowledge.words),
         family="shared neurons",
         gated=False,
     )
@@ -108,7 +108,7 @@ def test_value_neurons_raise_words_of_their_category(
         control="as many random neurons of the same layers, by the sign of their coefficient as well",
         min_prompts=MIN_OF_CATEGORY,
         # Attention and FFN, in each category.
-        comparisons=2 * len(bench.knowledge.words),
+        comparisons=2 * len(bench.sample.knowledge.words),
         family="words",
         gated=False,
     )

@@ -1,12 +1,11 @@
-"""What the claims of one model share: its known prompts, and each experiment run once."""
+"""What the claims about one model share: each experiment is run once, and its result is judged by many claims."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import TypeVar
+from functools import cached_property, wraps
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,25 +13,24 @@ import pandas as pd
 
 from attribution.claims.judge import Claim, Verdict, judge, judge_exact
 from attribution.claims.measured import Exact, Measured, NotApplicable
+from attribution.claims.sample import Sample
 from attribution.engine.ablation import outcomes
 from attribution.engine.batching import Progress, batches_of
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, worst
 from attribution.engine.masks import AblationKind
 from attribution.engine.metrics import METRICS, by_metric
-from attribution.engine.questions import Question, question_of
 from attribution.engine.ranking import Ranking, Search, rank_all
 from attribution.engine.trace import read_activations
 from attribution.experiments.design import Design, budgets_of, table_of
 from attribution.experiments.evaluation import references_of, run_design
-from attribution.experiments.selection_rule import known_prompts, one_token_words
 from attribution.models.model import Model
 from attribution.models.registry import Entry, entry_of
-from attribution.prompts.knowledge import Knowledge, Prompt
-from attribution.prompts.tokens import answer_tokens
+from attribution.prompts.knowledge import Prompt
 from attribution.records import Unit, unit_named
 
-__all__ = ["STEPS", "Workbench", "prompt_key"]
+__all__ = ["STEPS", "Workbench", "measured_once", "prompt_key"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 STEPS = 20
@@ -48,128 +46,77 @@ def prompt_key(prompt: Prompt) -> str:
     return f"{prompt.text}{prompt.answer}"
 
 
-class Workbench:
-    """One model with knowledge prompts; measures on demand and remembers what it measured.
+def measured_once(measure: Callable[Concatenate[Workbench, P], T]) -> Callable[Concatenate[Workbench, P], T]:
+    """Make a measurement run once for each bench and arguments, because several claims share its result.
 
     Args:
-        model: A loaded model.
-        knowledge: Facts and words.
-        max_prompts: At most how many prompts the claims about methods use; all when ``None``.
-        seed: Seed of all that is drawn at random.
+        measure: A function of a bench and of hashable arguments.
+    """
+
+    @wraps(measure)
+    def remembered(bench: Workbench, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return bench.once(measure, *args, **kwargs)
+
+    return remembered
+
+
+class Workbench:
+    """Measures a model on a sample of prompts, remembers what it measured, and judges claims by it.
+
+    Args:
+        sample: The prompts that claims are judged on, and the model.
+        seed: Seed of everything that is drawn at random.
         progress: Show progress bars.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        knowledge: Knowledge,
-        *,
-        max_prompts: int | None = None,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> None:
-        self.model = model
-        self.knowledge = knowledge
-        self.max_prompts = max_prompts
+    def __init__(self, sample: Sample, *, seed: int = 0, progress: bool = False) -> None:
+        self.sample = sample
         self.seed = seed
         self.progress = progress
         self._frames: dict[tuple[object, ...], pd.DataFrame] = {}
-        self._measured: dict[tuple[object, ...], object] = {}
+        self._results: dict[Hashable, object] = {}
         self._rankings: dict[tuple[str, Unit, int, int], Ranking] = {}
+
+    @property
+    def model(self) -> Model:
+        """The model that claims are about."""
+        return self.sample.model
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that claims are judged on, one of each known fact."""
+        return self.sample.prompts
 
     @property
     def entry(self) -> Entry:
         """What the registry says of the model; of prompts of one's own it records nothing."""
         entry = entry_of(self.model.name)
-        if self.knowledge.bundled:
+        if self.sample.knowledge.bundled:
             return entry
         return replace(entry, known_share=0.0, known_share_reason=OWN_PROMPTS, asserted={}, not_supported={})
-
-    @cached_property
-    def known(self) -> list[Prompt]:
-        """The prompts that the model answers by the selection rule."""
-        return known_prompts(self.model, self.knowledge.prompts, self.knowledge.words)
 
     @cached_property
     def of_the_engine(self) -> Workbench:
         """The bench that the engine itself is checked on: this one, unless the model knows next to nothing.
 
-        What the engine computes has to be right whether or not the model is: there, all counts that can be asked.
+        What the engine computes has to be right whether or not the model is. If the model knows too little, the engine
+        is checked on all prompts.
         """
-        if len(self.prompts) >= min(_ENOUGH, self.max_prompts or _ENOUGH):
+        if len(self.prompts) >= min(_ENOUGH, self.sample.max_prompts or _ENOUGH):
             return self
-        whole = Workbench(
-            self.model, self.knowledge, max_prompts=self.max_prompts, seed=self.seed, progress=self.progress
-        )
-        whole.known = [
-            prompt
-            for prompt in self.knowledge.prompts
-            if len(answer_tokens(self.model.tokenizer, prompt.text, prompt.answer)) == 1
-        ]
-        return whole
-
-    @cached_property
-    def known_with_swapped_answers(self) -> list[Prompt]:
-        """The prompts that pass the selection rule with another fact's answer: the control of what is known."""
-        return known_prompts(self.model, self.swapped, self.knowledge.words)
-
-    @cached_property
-    def swapped(self) -> list[Prompt]:
-        """Every prompt with the next different answer of its category, in file order.
-
-        An answer of several tokens could not be asked for and is passed over. Where a category is left with one
-        answer, another word of it takes turns with that.
-        """
-        swapped = []
-        for category, words in self.knowledge.words.items():
-            answers = [fact.answer for fact in self.knowledge.facts if fact.category == category]
-            distinct = list(one_token_words(self.model, answers))
-            if len(distinct) < 2:
-                distinct = list(one_token_words(self.model, [*distinct, *words]))[:2]
-            following = dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
-            for prompt in self.knowledge.prompts:
-                if prompt.category == category:
-                    own = prompt.answer[1:]
-                    swapped.append(replace(prompt, answer=" " + following.get(own, next(iter(distinct), own))))
-        return swapped
-
-    @cached_property
-    def prompts(self) -> list[Prompt]:
-        """One known prompt of each fact, drawn by the hash of its text, in file order: what methods are judged on.
-
-        Other phrasings of a fact would add little: intervals resample facts. With ``max_prompts``, the facts are
-        drawn by hash as well, so that a smaller run is a part of a larger one.
-        """
-        drawn: dict[str, Prompt] = {}
-        for prompt in self.known:
-            if prompt.fact not in drawn or _draw(prompt.text) < _draw(drawn[prompt.fact].text):
-                drawn[prompt.fact] = prompt
-        facts = sorted(drawn, key=_draw)[: self.max_prompts]
-        return [prompt for fact, prompt in drawn.items() if fact in set(facts)]
-
-    @cached_property
-    def questions(self) -> list[Question]:
-        """The same prompts, tokenised."""
-        return [question_of(self.model, prompt.text, prompt.answer) for prompt in self.prompts]
-
-    def part(self, number: int) -> list[int]:
-        """Return the places of at most so many of :attr:`prompts`, drawn by hash, for what is expensive to measure."""
-        return sorted(self.drawn()[:number])
-
-    def drawn(self) -> list[int]:
-        """Return the places of :attr:`prompts` in an order drawn by hash."""
-        return sorted(range(len(self.prompts)), key=lambda place: _draw(self.prompts[place].text))
+        return Workbench(self.sample.regardless_of_knowledge(), seed=self.seed, progress=self.progress)
 
     @cached_property
     def before(self) -> dict[str, npt.NDArray[np.float64]]:
         """Each metric of the plain model on :attr:`prompts`."""
-        return by_metric(outcomes(self.model, self.questions, [()] * len(self.questions))[0])
+        return by_metric(outcomes(self.model, self.sample.questions, [()] * len(self.sample.questions))[0])
 
-    def once(self, key: tuple[object, ...], measure: Callable[[], T]) -> T:
-        """Return what was measured under a key, measuring it if it was not: claims share what is expensive."""
-        if key not in self._measured:
-            self._measured[key] = measure()
-        return self._measured[key]  # type: ignore[return-value]
+    def once(self, measure: Callable[Concatenate[Workbench, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return ``measure(self, *args, **kwargs)``; called again with the same arguments, the same result."""
+        key = measure, args, tuple(sorted(kwargs.items()))
+        if key not in self._results:
+            self._results[key] = measure(self, *args, **kwargs)
+        return cast(T, self._results[key])
 
     def ranked(
         self, methods: Sequence[str], k: Mapping[Unit, int], *, places: Sequence[int], seed: int | None = None
@@ -199,7 +146,7 @@ class Workbench:
         asked = sorted(missing)
         found = rank_all(
             self.model,
-            [self.questions[place] for place in asked],
+            [self.sample.questions[place] for place in asked],
             wanted,
             Search(seed, STEPS),
             progress=Progress(f"{self.model.name} ranking by {', '.join(methods)}", self.progress),
@@ -246,7 +193,7 @@ class Workbench:
             Method to its frame; for each k, one row per prompt in the order of :attr:`prompts`.
         """
         seed = self.seed if seed is None else seed
-        places = self.part(len(self.prompts) if number is None else number)
+        places = self.sample.subset(len(self.prompts) if number is None else number)
         if not places:
             # Nothing to measure: the judge then says that there are too few prompts.
             columns = ["k", "fact", *(f"{metric}_{when}" for metric in METRICS for when in ("before", "after"))]
@@ -256,7 +203,7 @@ class Workbench:
         missing = [name for name in dict.fromkeys(methods) if (name, kind, key) not in self._frames]
         if missing:
             design = Design.of(missing, budgets, list(dict.fromkeys((kind, *together))), seed=seed, steps=STEPS)
-            questions = [self.questions[place] for place in places]
+            questions = [self.sample.questions[place] for place in places]
             ranked = self.ranked(missing, design.largest, places=places, seed=seed)
             measured = run_design(
                 self.model,
@@ -276,7 +223,9 @@ class Workbench:
 
     def _reference(self, design: Design) -> list[tuple[int, ...]] | None:
         """Return what ablated coefficients take their values from: all prompts, also where few are ablated."""
-        return None if set(design.kinds) == {AblationKind.ZERO} else [question.ids for question in self.questions]
+        return (
+            None if set(design.kinds) == {AblationKind.ZERO} else [question.ids for question in self.sample.questions]
+        )
 
     def judge(
         self,
@@ -342,10 +291,6 @@ class Workbench:
         """Worst error of each identity over the prompts, all layers and positions, in rounding bounds."""
         errors = [
             decomposition_errors(read_activations(self.model, batch, positions="all"), self.model.anatomy, batch.mask)
-            for _, batch in batches_of(self.model, self.questions)
+            for _, batch in batches_of(self.model, self.sample.questions)
         ]
         return {name: worst(each[name] for each in errors) for name in IDENTITIES}
-
-
-def _draw(text: str) -> tuple[int, str]:
-    return zlib.crc32(text.encode()), text

@@ -82,37 +82,34 @@ def attribution_model(request: pytest.FixtureRequest, _attribution_threads: None
 def attribution_bench(request: pytest.FixtureRequest, attribution_model: Model) -> Workbench:
     """The model with its knowledge prompts, and with what was measured on them: tests share what is expensive."""
     from attribution.claims.bench import Workbench
+    from attribution.claims.sample import Sample
     from attribution.prompts.knowledge import load_knowledge
 
     config = request.config
     # One progress bar at a time is readable; under xdist there would be one per worker.
     progress = sys.stderr.isatty() and not is_worker(config)
     knowledge = config.stash.get(OWN_PROMPTS, None) or load_knowledge(categories=chosen_categories(config))
-    return Workbench(
-        attribution_model,
-        knowledge,
-        max_prompts=config.option.attribution_max_prompts,
-        seed=config.option.attribution_seed or 0,
-        progress=progress,
-    )
+    sample = Sample(attribution_model, knowledge, max_prompts=config.option.attribution_max_prompts)
+    return Workbench(sample, seed=config.option.attribution_seed or 0, progress=progress)
 
 
 @pytest.fixture(scope="session")
 def attribution_prompts(request: pytest.FixtureRequest, attribution_bench: Workbench) -> list[Prompt]:
     """The prompts that methods are judged on: one of each fact that the model knows; none at all is an error."""
-    name, file = attribution_bench.model.name, request.config.option.attribution_prompts
+    sample = attribution_bench.sample
+    name, file = sample.model.name, request.config.option.attribution_prompts
     which = "bundled prompts" if file is None else f"prompts of {file}"
     others = "give others by --prompts=FILE" if file is None else "give others"
     problem, prompts = "", []
     try:
-        prompts = attribution_bench.prompts
+        prompts = sample.prompts
     except AttributionError as error:
         problem = f"model {name!r} cannot be asked the {which}: {str(error).removesuffix('.')}, or {others}."
     else:
         if not prompts:
             select = f"python -m attribution select {name}" + ("" if file is None else f" --prompts {file}")
             problem = (
-                f"model {name!r} knows none of the {len(attribution_bench.knowledge.prompts)} {which}, so there is "
+                f"model {name!r} knows none of the {len(sample.knowledge.prompts)} {which}, so there is "
                 f"nothing to ask; see by `{select}` why they fall, and {others} or choose another model."
             )
     if problem:

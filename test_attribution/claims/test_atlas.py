@@ -21,6 +21,7 @@ from attribution.claims.about_models import ablated, curves, layers, neurons, wa
 from attribution.claims.about_models.survey import Survey, depth, survey, survey_of
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict
+from attribution.claims.sample import Sample
 from attribution.models.registry import KNOWLEDGE_FAMILIES
 from attribution.prompts.knowledge import CATEGORIES, load_knowledge
 
@@ -42,7 +43,7 @@ ROUNDING = 1e-4
 
 @pytest.fixture(scope="module", params=["bundled:gpt2", "bundled:llama"])
 def bench(request: pytest.FixtureRequest) -> Workbench:
-    return Workbench(at.load(request.param), load_knowledge(), max_prompts=PROMPTS)
+    return Workbench(Sample(at.load(request.param), load_knowledge(), max_prompts=PROMPTS))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_a_smaller_survey_is_a_part_of_a_larger_one_and_takes_so_many_of_each_ca
 
 def test_layers_add_up_to_the_whole_rise_of_the_curve(bench: Workbench, found: Survey) -> None:
     """The sum over layers of Eq. 13 telescopes to log p at the last segment minus log p at the first."""
-    log_probs = curves._log_probs(bench)
+    log_probs = curves._log_probs(bench, curves._SEGMENTS)
     np.testing.assert_allclose(found.layers.sum(1), log_probs[:, -1] - log_probs[:, 0], atol=1e-4)
 
 
@@ -126,14 +127,14 @@ def test_overlap_with_related_categories_by_sets(bench: Workbench, found: Survey
 def test_layers_do_not_contribute_to_answers_that_were_not_asked_for(bench: Workbench) -> None:
     honest = verdict_of(LAYERS_RAISE, bench, kind="ffn")
     assert honest.status is Status.SUPPORTED or honest.n < honest.claim.min_prompts
-    swapped = Workbench(bench.model, bench.knowledge, max_prompts=PROMPTS)
-    swapped.known = [replace(prompt, answer=_swapped(bench)[prompt.text]) for prompt in bench.known]
+    known = [replace(prompt, answer=_swapped(bench)[prompt.text]) for prompt in bench.sample.known]
+    swapped = Workbench(Sample(bench.model, bench.sample.knowledge, max_prompts=PROMPTS, known=known))
     # What passes for the answer is another fact's; the control is then the answer of a third.
     assert verdict_of(LAYERS_RAISE, swapped, kind="ffn").effect < honest.effect / 2
 
 
 def _swapped(bench: Workbench) -> dict[str, str]:
-    return {prompt.text: prompt.answer for prompt in bench.swapped}
+    return {prompt.text: prompt.answer for prompt in bench.sample.swapped}
 
 
 # Neurons
@@ -193,7 +194,7 @@ def test_depth_of_methods_counts_the_layers_of_top_tens(bench: Workbench, found:
 def test_raised_tokens_are_those_of_the_vector_with_the_sign_of_the_coefficient(bench: Workbench, kind: str) -> None:
     """By the weights themselves: W_U (gamma * (v - mean v)), turned round for a negative coefficient."""
     anatomy = bench.model.anatomy
-    _, of_prompt = words._measured(bench, kind)  # type: ignore[arg-type]
+    _, of_prompt = words._measured(bench, kind, words._TOKENS)  # type: ignore[arg-type]
     signs = set()
     for prompt in of_prompt[:12]:
         for raised in (*prompt.top, *prompt.others):
@@ -217,10 +218,13 @@ def test_raised_tokens_are_those_of_the_vector_with_the_sign_of_the_coefficient(
 
 
 def test_hits_are_other_words_of_the_category(bench: Workbench, found: Survey) -> None:
-    _, of_prompt = words._measured(bench, "ffn")
+    _, of_prompt = words._measured(bench, "ffn", words._TOKENS)
     decode = bench.model.tokenizer.decode
     for row, prompt in enumerate(of_prompt):
-        own, answer = bench.knowledge.words[found.categories[row]], bench.prompts[found.places[row]].answer.strip()
+        own, answer = (
+            bench.sample.knowledge.words[found.categories[row]],
+            bench.prompts[found.places[row]].answer.strip(),
+        )
         for raised in (*prompt.top, *prompt.others):
             said = [decode([token]).strip() for token in raised.tokens]
             assert raised.hits <= sum(word in own and word != answer for word in said)
@@ -228,7 +232,7 @@ def test_hits_are_other_words_of_the_category(bench: Workbench, found: Survey) -
 
 def test_others_are_of_the_same_layers_and_not_the_top_ones(bench: Workbench) -> None:
     for kind in ("ffn", "attention"):
-        _, of_prompt = words._measured(bench, kind)  # type: ignore[arg-type]
+        _, of_prompt = words._measured(bench, kind, words._TOKENS)  # type: ignore[arg-type]
         for prompt in of_prompt:
             assert [each.neuron.layer for each in prompt.top] == [each.neuron.layer for each in prompt.others]
             named = [each.neuron for each in (*prompt.top, *prompt.others)]
@@ -237,10 +241,10 @@ def test_others_are_of_the_same_layers_and_not_the_top_ones(bench: Workbench) ->
 
 def test_neurons_do_not_raise_the_words_of_another_category(bench: Workbench) -> None:
     """With the words of months and colors exchanged the claim fails."""
-    exchanged = dict(bench.knowledge.words)
+    exchanged = dict(bench.sample.knowledge.words)
     exchanged["month"], exchanged["color"] = exchanged["color"], exchanged["month"]
-    wrong = Workbench(bench.model, replace(bench.knowledge, words=exchanged), max_prompts=PROMPTS)
-    wrong.known = bench.known
+    knowledge = replace(bench.sample.knowledge, words=exchanged)
+    wrong = Workbench(Sample(bench.model, knowledge, max_prompts=PROMPTS, known=bench.sample.known))
     honest, fooled = (
         verdict_of(RAISE_WORDS, each, attribution_category="month", kind="ffn") for each in (bench, wrong)
     )
@@ -280,7 +284,7 @@ def test_the_curve_by_walking_from_the_embedding(bench: Workbench, found: Survey
     from attribution.engine.trace import read_activations
     from attribution.prompts.tokens import pad
 
-    question = bench.questions[found.places[0]]
+    question = bench.sample.questions[found.places[0]]
     activations = read_activations(bench.model, pad([question.ids]))
     start, end = activations.resid_pre[0, 0].double(), activations.resid_final[0].double()
     readout = bench.model.anatomy.readout
@@ -288,7 +292,7 @@ def test_the_curve_by_walking_from_the_embedding(bench: Workbench, found: Survey
     for segment in (0, 17, 60):
         state = start + (end - start) * segment / 60
         expected = before_softmax(state, scale, readout).log_softmax(-1)[question.answer_id]
-        assert curves._log_probs(bench)[0, segment] == pytest.approx(float(expected), abs=1e-4)
+        assert curves._log_probs(bench, curves._SEGMENTS)[0, segment] == pytest.approx(float(expected), abs=1e-4)
 
 
 @given(
@@ -366,8 +370,7 @@ def _verdicts(bench: Workbench) -> list[Verdict]:
 @pytest.fixture
 def of_nothing(bench: Workbench) -> list[Verdict]:
     """Verdicts on a model that knows no prompt."""
-    empty = Workbench(bench.model, bench.knowledge)
-    empty.known = []
+    empty = Workbench(Sample(bench.model, bench.sample.knowledge, known=[]))
     return _verdicts(empty)
 
 

@@ -17,6 +17,7 @@ from attribution.claims.about_models import curves, layers, neurons
 from attribution.claims.bench import Workbench
 from attribution.claims.error_rates import error_rates
 from attribution.claims.judge import Claim, Evidence, Status
+from attribution.claims.sample import Sample
 from attribution.gate import stored_run as baselines
 from attribution.prompts.knowledge import CATEGORIES, load_knowledge
 
@@ -163,7 +164,7 @@ def test_every_claim_of_the_suite_is_supported_in_at_most_5_percent_of_samples_w
 @pytest.mark.parametrize("model", ["bundled:gpt2", "bundled:llama"])
 def test_claims_about_models_are_supported_in_at_most_5_percent_of_samples_where_they_are_false(model: str) -> None:
     """They belong to no baseline, so they are measured here: all that is surveyed but the sums over every neuron."""
-    bench = Workbench(at.load(model), load_knowledge(), max_prompts=300)
+    bench = Workbench(Sample(at.load(model), load_knowledge(), max_prompts=300))
     on_layers, on_neurons, on_queries = (module(f"test_{name}") for name in ("layers", "neurons", "queries"))
     categories = [{"attribution_category": category} for category in CATEGORIES]
     asked: dict[Callable[..., None], list[dict[str, str]]] = {

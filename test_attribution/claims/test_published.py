@@ -26,11 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import attribution as at
 from attribution.claims.about_notebooks import sections
 from attribution.claims.about_notebooks.printed import NOT_COMPARED, SECTIONS, figures_of
-from attribution.claims.about_notebooks.recount import Recount
 from attribution.claims.about_notebooks.tolerance import Ranked, largest
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status
 from attribution.claims.paper import PAPER_MODELS
+from attribution.claims.sample import Sample
 from attribution.models.registry import registry
 from attribution.prompts.knowledge import Knowledge
 from attribution.resources import fixtures_folder
@@ -455,7 +455,7 @@ def printed(make_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPat
             prompts = (" ".join(words) for words in itertools.permutations(WORDS, 4))
         notebook = next(filter(_suitable, (Notebook(folder, prompt) for prompt in prompts)))
         model = at.load(name if name.startswith("bundled:") else str(folder))
-        return Workbench(model, Knowledge((), {})), notebook.printed("A ripe cherry is red")
+        return Workbench(Sample(model, Knowledge((), {}))), notebook.printed("A ripe cherry is red")
 
     return of
 
@@ -476,7 +476,7 @@ def test_all_that_an_independent_notebook_prints_is_what_the_engine_computes(pai
 def test_what_float32_does_to_a_score_is_within_the_allowance_for_it(pair: Printed) -> None:
     """Without the half unit of the last printed digit, which alone would hide a small error."""
     bench, figures = pair
-    recount = Recount.of(bench.model, figures)
+    recount = sections.Comparison.of(bench, figures).recount
     folder = registry()[bench.model.name].folder if bench.model.name in registry() else Path(bench.model.name)
     notebook = Notebook(folder, figures["prediction"]["sentence"])
     for unit, raw in (("ffn", notebook.ffn_neurons), ("attention", notebook.attention_neurons)):
@@ -620,7 +620,7 @@ def _named(bench: Workbench, name: str) -> Workbench:
     """The same model under a registered name."""
     model = copy.copy(bench.model)
     object.__setattr__(model, "name", name)
-    return Workbench(model, bench.knowledge)
+    return Workbench(Sample(model, bench.sample.knowledge))
 
 
 @pytest.mark.parametrize(("ours", "name"), [("gpt2", "gpt2-large"), ("llama-ungrouped", "llama-7b")])

@@ -11,6 +11,7 @@ import pytest
 from attribution.claims.about_the_engine import by_hand, recounts
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict
+from attribution.claims.sample import Sample
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Fact, Knowledge
 
@@ -59,11 +60,10 @@ CLAIMS: dict[str, Callable[[Workbench], Verdict]] = {
 
 
 def _bench(model: Model, *, known: bool) -> Workbench:
-    bench = Workbench(model, KNOWLEDGE)
     # Random models know nothing; what is counted here does not depend on knowledge.
-    bench.__dict__["known"] = list(KNOWLEDGE.prompts) if known else []
+    bench = Workbench(Sample(model, KNOWLEDGE, known=KNOWLEDGE.prompts if known else []))
     # Otherwise a bench that knows too little is replaced by one that asks all prompts.
-    bench.__dict__["of_the_engine"] = bench
+    bench.of_the_engine = bench
     return bench
 
 

@@ -17,6 +17,7 @@ from attribution.claims.about_methods import sanity, single_neurons
 from attribution.claims.about_methods.common import METHOD, NO_FFN
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status
+from attribution.claims.sample import Sample
 from attribution.engine.batching import batches_of
 from attribution.engine.importance import Candidates, first_order_bound
 from attribution.engine.methods import METHODS, Method
@@ -108,9 +109,7 @@ def test_randomised_copy_follows_its_seed(model: at.Model) -> None:
 @pytest.fixture(scope="module")
 def bench(model: at.Model) -> Workbench:
     """A tiny model on eight prompts, of which it knows nothing; ablating its best neurons lowers chance."""
-    bench = Workbench(model, KNOWLEDGE)
-    bench.__dict__["known"] = list(KNOWLEDGE.prompts)
-    return bench
+    return Workbench(Sample(model, KNOWLEDGE, known=KNOWLEDGE.prompts))
 
 
 @pytest.fixture
@@ -158,7 +157,7 @@ def test_control_that_breaks_nothing_refutes_the_claim(
     intact = [replace(each, lowest=top) for each, top in zip(single_neurons.samples(bench, METHOD), best, strict=True)]
     monkeypatch.setattr(single_neurons, "samples", lambda bench, method: intact)
     monkeypatch.setattr(sanity, "randomised", lambda model, seed: model)
-    monkeypatch.setitem(bench.__dict__, "swapped", list(KNOWLEDGE.prompts))
+    monkeypatch.setattr(bench.sample, "swapped", list(KNOWLEDGE.prompts))
     verdict = verdict_of(LOSES_ITS_EFFECT, bench, control=control)
     assert verdict.status is Status.REFUTED
     assert verdict.note == "100.0% of the fall is left"
@@ -173,8 +172,7 @@ def test_method_without_an_effect_has_none_to_lose(bench: Workbench, few: None, 
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_model_that_knows_nothing_is_short_of_prompts(model: at.Model, control: str) -> None:
-    bench = Workbench(model, KNOWLEDGE)
-    bench.__dict__["known"] = []
+    bench = Workbench(Sample(model, KNOWLEDGE, known=[]))
     verdict = verdict_of(LOSES_ITS_EFFECT, bench, control=control)
     assert (verdict.status, verdict.n) == (Status.INCONCLUSIVE, 0)
     assert verdict.needed == (50 if control == "sign flip" else 300)
@@ -207,7 +205,7 @@ CLAIMS: dict[str, Callable[[Workbench, str], at.Verdict]] = {
 @pytest.fixture(scope="module")
 def trained() -> Workbench:
     """The bundled GPT-2 on sixty facts; read-only."""
-    return Workbench(at.load("bundled:gpt2"), load_knowledge(), max_prompts=PROMPTS)
+    return Workbench(Sample(at.load("bundled:gpt2"), load_knowledge(), max_prompts=PROMPTS))
 
 
 @pytest.fixture
@@ -250,8 +248,8 @@ def _shuffled(bench: Workbench) -> Method:
     other = {
         encode(prompt.answer)[-1]: encode(swapped.answer)[-1]
         for prompt, swapped in zip(
-            sorted(bench.knowledge.prompts, key=lambda each: each.text),
-            sorted(bench.swapped, key=lambda each: each.text),
+            sorted(bench.sample.knowledge.prompts, key=lambda each: each.text),
+            sorted(bench.sample.swapped, key=lambda each: each.text),
             strict=True,
         )
     }
@@ -264,6 +262,14 @@ def _shuffled(bench: Workbench) -> Method:
         return PAPER.bound(asked(candidates))
 
     return Method("shuffled", lambda each: PAPER.score(asked(each)), PAPER.units, "a test", bound=bound)
+
+
+def _ranges(bench: Workbench) -> dict[Any, Any]:
+    return {}
+
+
+def _on_randomised(bench: Workbench) -> Workbench:
+    return Workbench(Sample(randomised(bench.model), bench.sample.knowledge))
 
 
 def _ranked_elsewhere(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Method:
@@ -294,7 +300,7 @@ def test_broken_scorer_turns_the_claims_red(
 ) -> None:
     CLAIMS["top 10"](trained, METHOD)
     method = {
-        "sign flip": lambda: _flipped(trained.once("ranges", dict)),
+        "sign flip": lambda: _flipped(trained.once(_ranges)),
         "label shuffle": lambda: _shuffled(trained),
         "weight randomisation": lambda: _ranked_elsewhere(trained, monkeypatch),
     }[broken]()
@@ -313,12 +319,12 @@ def test_suite_is_short_of_prompts_that_a_broken_model_knows(
 ) -> None:
     """What a model does not know cannot be ablated: the selection of prompts is the first thing that says so."""
     if broken == "model":
-        bench = trained.once("randomised", lambda: Workbench(randomised(trained.model), trained.knowledge))
+        bench = trained.once(_on_randomised)
     else:
-        bench = Workbench(trained.model, trained.knowledge)
-        bench.__dict__["known"] = trained.known_with_swapped_answers
+        swapped = trained.sample.known_with_swapped_answers
+        bench = Workbench(Sample(trained.model, trained.sample.knowledge, known=swapped))
     verdict = CLAIMS[claim](bench, METHOD)
-    assert len(trained.known) > 20 * len(bench.known)
+    assert len(trained.sample.known) > 20 * len(bench.sample.known)
     assert verdict.status is Status.INCONCLUSIVE
     assert verdict.needed is not None
     assert verdict.needed >= PROMPTS > verdict.n

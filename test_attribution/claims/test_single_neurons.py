@@ -17,8 +17,10 @@ import attribution as at
 from attribution.claims import judge as claims
 from attribution.claims.about_methods import single_neurons
 from attribution.claims.about_methods.common import METHOD, NO_FFN, rank_correlation
+from attribution.claims.about_methods.single_neurons import SampledNeurons
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status
+from attribution.claims.sample import Sample
 from attribution.engine.batching import batches_of
 from attribution.engine.importance import Candidates
 from attribution.engine.methods import METHODS, Method
@@ -49,9 +51,7 @@ FLOAT32 = 2e-4
 
 
 def _bench(model: at.Model, prompts: list[at.Prompt] = PROMPTS) -> Workbench:
-    bench = Workbench(model, Knowledge((), {}))
-    bench.__dict__["known"] = list(prompts)
-    return bench
+    return Workbench(Sample(model, Knowledge((), {}), known=prompts))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def bench(model: at.Model) -> Workbench:
 
 
 @pytest.fixture
-def samples(bench: Workbench) -> list[single_neurons.Sample]:
+def samples(bench: Workbench) -> list[SampledNeurons]:
     """One sample for each of the eight prompts."""
     return single_neurons.samples(bench, METHOD)
 
@@ -90,7 +90,7 @@ def test_every_rank_of_a_stratum_is_drawn_equally_often() -> None:
         assert max(abs(counts[rank] - draws * share) for rank in stratum) < bound
 
 
-def test_samples_follow_the_ranks_of_the_judged_method(bench: Workbench, samples: list[single_neurons.Sample]) -> None:
+def test_samples_follow_the_ranks_of_the_judged_method(bench: Workbench, samples: list[SampledNeurons]) -> None:
     assert len(samples) == len(bench.prompts) == len(PROMPTS)
     for prompt, sample in zip(bench.prompts, samples, strict=True):
         ranking = at.attribute(bench.model, prompt, k=None)
@@ -104,7 +104,7 @@ def test_samples_follow_the_ranks_of_the_judged_method(bench: Workbench, samples
     assert samples[0].records != samples[1].records
 
 
-def test_other_scores_are_those_of_the_same_neurons(bench: Workbench, samples: list[single_neurons.Sample]) -> None:
+def test_other_scores_are_those_of_the_same_neurons(bench: Workbench, samples: list[SampledNeurons]) -> None:
     for prompt, sample in zip(bench.prompts[:2], samples, strict=False):
         for name in single_neurons.COMPARED:
             ranking = at.attribute(bench.model, prompt, method=name, k=None)
@@ -113,10 +113,10 @@ def test_other_scores_are_those_of_the_same_neurons(bench: Workbench, samples: l
 
 
 def test_each_prompt_draws_other_ranks_and_not_with_the_numbers_of_the_random_scores(
-    bench: Workbench, samples: list[single_neurons.Sample]
+    bench: Workbench, samples: list[SampledNeurons]
 ) -> None:
     drawn = set()
-    for prompt, question, sample in zip(bench.prompts, bench.questions, samples, strict=True):
+    for prompt, question, sample in zip(bench.prompts, bench.sample.questions, samples, strict=True):
         order = at.attribute(bench.model, prompt, k=None).neurons
         ranks = [order.index(record) for record in sample.records]
         assert ranks != single_neurons.sampled_ranks(len(order), question.seed(0))
@@ -124,9 +124,7 @@ def test_each_prompt_draws_other_ranks_and_not_with_the_numbers_of_the_random_sc
     assert len(drawn) == len(PROMPTS)
 
 
-def test_total_effect_is_what_ablating_the_neuron_alone_takes(
-    bench: Workbench, samples: list[single_neurons.Sample]
-) -> None:
+def test_total_effect_is_what_ablating_the_neuron_alone_takes(bench: Workbench, samples: list[SampledNeurons]) -> None:
     assert max(np.abs(sample.total).max() for sample in samples) > 100 * FLOAT32
     for prompt, sample in zip(bench.prompts, samples, strict=True):
         answer = bench.model.tokenizer.encode(prompt.text + prompt.answer)[-1]
@@ -136,9 +134,7 @@ def test_total_effect_is_what_ablating_the_neuron_alone_takes(
             assert total == pytest.approx(plain - after, abs=FLOAT32)
 
 
-def test_direct_effect_of_the_last_layer_is_its_total_effect(
-    bench: Workbench, samples: list[single_neurons.Sample]
-) -> None:
+def test_direct_effect_of_the_last_layer_is_its_total_effect(bench: Workbench, samples: list[SampledNeurons]) -> None:
     """Nothing but the final norm follows, and no later position reads it."""
     compared = 0
     for sample in samples:
@@ -249,7 +245,7 @@ def test_rank_correlation_is_spearmans() -> None:
 )
 def test_effect_of_the_claim_is_the_mean_correlation(
     bench: Workbench,
-    samples: list[single_neurons.Sample],
+    samples: list[SampledNeurons],
     test: Callable[..., None],
     effect: str,
     scored_by: str,
@@ -264,7 +260,7 @@ def test_effect_of_the_claim_is_the_mean_correlation(
 
 
 def test_self_repair_is_where_direct_effects_of_the_top_10_exceed_the_total_ones(
-    bench: Workbench, samples: list[single_neurons.Sample]
+    bench: Workbench, samples: list[SampledNeurons]
 ) -> None:
     verdict = verdict_of(SELF_REPAIR, bench)
     assert verdict.evidence is not None
@@ -295,7 +291,7 @@ def _faked(
         return torch.tensor([direct(place) for place in candidates.index.tolist()], dtype=torch.float64)
 
     bench = _bench(model)
-    bench.__dict__["before"] = {"logp": np.zeros(len(PROMPTS))}
+    bench.before = {"logp": np.zeros(len(PROMPTS))}
     monkeypatch.setitem(METHODS, "by_place", Method("by_place", _by_place, ("ffn",), "a test"))
     monkeypatch.setattr(single_neurons, "outcomes", outcomes)
     monkeypatch.setattr(single_neurons, "direct_effects", direct_effects)

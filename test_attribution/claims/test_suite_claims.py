@@ -20,6 +20,7 @@ from attribution.claims.about_methods import query_neurons, specificity, suffici
 from attribution.claims.about_methods.common import METHOD
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict, decide
+from attribution.claims.sample import Sample
 from attribution.engine.batching import batches_of
 from attribution.engine.methods import METHODS, Method, method_named
 from attribution.engine.metrics import Outcome
@@ -88,9 +89,7 @@ CLAIMS["random"] = lambda bench, method: verdict_of(
 
 
 def _bench(model: at.Model, prompts: Sequence[Prompt]) -> Workbench:
-    bench = Workbench(model, Knowledge((), {}))
-    bench.__dict__["known"] = list(prompts)
-    return bench
+    return Workbench(Sample(model, Knowledge((), {}), known=prompts))
 
 
 @pytest.fixture
@@ -127,7 +126,7 @@ def _outcome_without(bench: Workbench, place: int, neurons: Sequence[Component])
     """What is left of an answer when weights are edited, as in the paper, instead of activations."""
     with zeroed_parameters(bench.model, list(neurons)) as edited:
         logits = at.ablate(edited, bench.prompts[place].text, [])
-    return at.measure(logits, bench.questions[place].answer_id)
+    return at.measure(logits, bench.sample.questions[place].answer_id)
 
 
 def _effects(verdict: Verdict) -> list[float]:
@@ -224,7 +223,7 @@ def test_claims_on_query_neurons_fail_with_neurons_that_wake_nothing(
         return [SimpleNamespace(neurons=[FFNNeuron(*divmod(neuron, 256)) for neuron in draw]) for draw in draws]
 
     monkeypatch.setattr(query_neurons, "query", blind)
-    broken = {name: _status(judge(_bench(bench.model, bench.known))) for name, judge in judged.items()}
+    broken = {name: _status(judge(_bench(bench.model, bench.sample.known))) for name, judge in judged.items()}
     assert broken["random"] is not Status.SUPPORTED
     assert broken["same layers"] is not Status.SUPPORTED
     assert broken["cut"] is Status.REFUTED
@@ -241,7 +240,7 @@ def test_random_neurons_that_are_not_random_are_found_to_have_an_effect(
 
     assert _status(judged(trained_bench)) is Status.SUPPORTED
     monkeypatch.setitem(METHODS, "random", replace(METHODS[METHOD], name="random"))
-    fresh = _bench(trained_bench.model, trained_bench.known)
+    fresh = _bench(trained_bench.model, trained_bench.sample.known)
     assert _status(judged(fresh)) is not Status.SUPPORTED
 
 
@@ -299,7 +298,7 @@ def test_claims_on_facts_fail_with_neurons_that_are_not_specific(
     assert _status(intact) is Status.SUPPORTED
     # What is said to be a stranger's is a prompt's own: the same neurons on either side.
     monkeypatch.setattr(specificity, "strangers", lambda of, *_: {place: place for place in range(len(of))})
-    fresh = _bench(trained_bench.model, trained_bench.known)
+    fresh = _bench(trained_bench.model, trained_bench.sample.known)
     assert _status(verdict_of(HURT_THEIR_FACT, fresh, chosen=chosen)) is Status.REFUTED
     if chosen == "value neurons":
         assert _status(verdict_of(OTHERS_STAY, fresh, chosen=chosen)) is Status.REFUTED
@@ -366,7 +365,7 @@ def _known_heads(monkeypatch: pytest.MonkeyPatch, bench: Workbench, left: dict[s
 
     monkeypatch.setattr(specificity, "_head_scores", scores)
     monkeypatch.setattr(specificity, "outcomes", outcomes)
-    bench.__dict__["before"] = {metric: np.ones(len(bench.prompts)) for metric in ("mrr", "prob", "logp")}
+    bench.before = {metric: np.ones(len(bench.prompts)) for metric in ("mrr", "prob", "logp")}
 
 
 def test_heads_of_a_category_are_compared_with_those_of_unrelated_ones_only(
@@ -422,9 +421,9 @@ def test_zeroed_heads_leave_what_edited_weights_leave(bench: Workbench) -> None:
 @pytest.mark.parametrize("unit", ["ffn", "attention"])
 def test_first_vectors_are_those_of_the_whole_ranking_each_once(bench: Workbench, unit: Any) -> None:
     scorer = method_named(METHOD, unit)
-    ((rows, batch),) = batches_of(bench.model, bench.questions[:2])
+    ((rows, batch),) = batches_of(bench.model, bench.sample.questions[:2])
     found = all_candidates(
-        bench.model, [bench.questions[row] for row in rows], batch, {unit: [scorer]}, seed=0, steps=1
+        bench.model, [bench.sample.questions[row] for row in rows], batch, {unit: [scorer]}, seed=0, steps=1
     )
     for row, candidates in zip(rows, found, strict=True):
         whole = _best(bench, row, unit, len(candidates[unit])).neurons
@@ -475,13 +474,13 @@ def test_what_is_kept_leaves_what_ablating_all_others_leaves(
 ) -> None:
     left, kept = _recorded(monkeypatch, bench, units)
     for row in (0, 3, 5):
-        place = bench.part(6)[row]
+        place = bench.sample.subset(6)[row]
         masks = kept[bench.prompts[place].text]
         assert set(masks) == set(units)
         for variant in itertools.product(range(2), range(len(ON_KEPT.SHARES))):
             lost = [record for unit in units for record in _records(bench.model, unit, ~masks[unit][variant])]
             logits = at.ablate(bench.model, bench.prompts[place], lost, kind="mean", reference=bench.prompts)
-            expected = at.measure(logits, bench.questions[place].answer_id)
+            expected = at.measure(logits, bench.sample.questions[place].answer_id)
             for metric in ("mrr", "prob", "logp"):
                 assert left[metric][(row, *variant)] == pytest.approx(getattr(expected, metric), abs=ROUNDING)
 
@@ -491,7 +490,7 @@ def test_method_and_chance_keep_as_many_and_larger_shares_hold_smaller_ones(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     _, kept = _recorded(monkeypatch, bench, ("attention", "ffn"), method)
-    for place in bench.part(6):
+    for place in bench.sample.subset(6):
         for unit, mask in kept[bench.prompts[place].text].items():
             numbers = [round(share * mask.shape[-1]) for share in ON_KEPT.SHARES]
             assert mask.sum(-1).tolist() == [numbers, numbers]
@@ -513,7 +512,7 @@ def test_sufficiency_is_the_mean_over_shares_of_what_the_method_keeps_and_chance
     curve = np.array([[0.1, 0.2, 0.4, 0.9], [0.0, 0.0, 0.1, 0.3]])
     left = dict.fromkeys(("mrr", "prob", "logp"), before[:, None, None] * curve)
     monkeypatch.setattr(sufficiency, "_left", lambda *arguments: left)
-    bench.__dict__["before"] = dict.fromkeys(left, before)
+    bench.before = dict.fromkeys(left, before)
     verdict = verdict_of(KEEP_MORE, bench, metric="prob")
     assert _effects(verdict) == pytest.approx((0.4 - 0.1) * before)
     assert _status(verdict) is Status.SUPPORTED
@@ -524,7 +523,7 @@ def test_sufficiency_is_the_mean_over_shares_of_what_the_method_keeps_and_chance
     curve[:] = curve[::-1].copy()
     left.update(dict.fromkeys(left, before[:, None, None] * curve))
     fresh = _bench(bench.model, PROMPTS)
-    fresh.__dict__["before"] = dict.fromkeys(left, before)
+    fresh.before = dict.fromkeys(left, before)
     assert _status(verdict_of(KEEP_MORE, fresh, metric="prob")) is Status.REFUTED
     # So few prompts cannot refute what another one might keep whole.
     share = verdict_of(SHARES_KEEP, fresh, metric="prob")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import attribution as at
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.judge import Claim, Status
+from attribution.claims.sample import Sample
 from attribution.engine.ranking import rank_all
 from attribution.experiments.evaluation import run_design
 from attribution.models.model import Model
@@ -31,14 +32,11 @@ CLAIM = Claim("c", "a sentence", "ours", "an effect", "above", 0, "none", min_pr
 @pytest.fixture
 def bench(model: Model) -> Workbench:
     """A model that is taken to know everything."""
-    bench = Workbench(model, KNOWLEDGE)
-    bench.__dict__["known"] = list(KNOWLEDGE.prompts)
-    return bench
+    return Workbench(Sample(model, KNOWLEDGE, known=KNOWLEDGE.prompts))
 
 
 def test_model_that_knows_nothing_is_short_of_prompts_not_an_error(model: Model) -> None:
-    bench = Workbench(model, KNOWLEDGE)
-    bench.__dict__["known"] = []
+    bench = Workbench(Sample(model, KNOWLEDGE, known=[]))
     frames = bench.frames(("log_prob_increase", "random"), {"ffn": 3})
     effects = frames["random"]["mrr_after"] - frames["log_prob_increase"]["mrr_after"]
     verdict = bench.judge(CLAIM, effects)
@@ -51,24 +49,22 @@ def test_methods_are_judged_on_one_known_prompt_of_each_fact_drawn_by_its_text(b
     for prompt in bench.prompts:
         others = [each.text for each in KNOWLEDGE.prompts if each.subject == prompt.subject]
         assert prompt.text == min(others, key=lambda text: zlib.crc32(text.encode()))
-    bench.__dict__.pop("prompts")
-    bench.__dict__["known"] = list(KNOWLEDGE.prompts)[1:]
-    assert [prompt.subject for prompt in bench.prompts] == ["France", "Italy"]
+    fewer = Sample(bench.model, KNOWLEDGE, known=KNOWLEDGE.prompts[1:])
+    assert [prompt.subject for prompt in fewer.prompts] == ["France", "Italy"]
 
 
 def test_a_smaller_run_is_part_of_a_larger_one(model: Model) -> None:
     knowledge = at.load_knowledge(categories=["month"])
     found = {}
     for number in (None, 10, 5):
-        bench = Workbench(model, knowledge, max_prompts=number)
-        bench.__dict__["known"] = list(knowledge.prompts)
-        found[number] = bench.prompts
+        sample = Sample(model, knowledge, max_prompts=number, known=knowledge.prompts)
+        found[number] = sample.prompts
     assert (len(found[10]), len(found[5])) == (10, 5)
     assert set(found[5]) < set(found[10]) < set(found[None])
-    places = bench.part(3)
-    assert places == sorted(places)
-    assert len(places) == 3
-    assert bench.part(99) == list(range(5))
+    indices = sample.subset(3)
+    assert indices == sorted(indices)
+    assert len(indices) == 3
+    assert sample.subset(99) == list(range(5))
 
 
 def test_frames_have_one_row_per_prompt_and_number_in_their_order(bench: Workbench) -> None:
@@ -93,7 +89,21 @@ def test_what_was_measured_is_not_measured_again(bench: Workbench, monkeypatch: 
     bench.frames(("random",), 3, seed=1)
     bench.frames(("random",), 4)
     assert len(asked) == 4
-    assert bench.once(("number",), lambda: 1) == bench.once(("number",), lambda: 2) == 1
+
+
+def test_a_measurement_runs_once_for_each_bench_and_arguments(bench: Workbench) -> None:
+    ran = []
+
+    @measured_once
+    def measure(bench: Workbench, number: int, *, name: str = "") -> int:
+        ran.append((number, name))
+        return number
+
+    assert [measure(bench, 1), measure(bench, 1), measure(bench, 2), measure(bench, 1, name="other")] == [1, 1, 2, 1]
+    assert measure(Workbench(bench.sample), 1) == 1
+    assert ran == [(1, ""), (2, ""), (1, "other"), (1, "")]
+    with pytest.raises(TypeError, match="unhashable"):
+        measure(bench, [1])
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "resample"])
@@ -155,5 +165,5 @@ def test_verdict_carries_what_was_measured_by_prompt(bench: Workbench) -> None:
 
 
 def test_control_asks_every_prompt_with_another_facts_answer(model: Model) -> None:
-    swapped = Workbench(model, KNOWLEDGE).swapped
+    swapped = Sample(model, KNOWLEDGE).swapped
     assert [prompt.answer for prompt in swapped] == [" Rome"] * 3 + [" Paris"] * 3

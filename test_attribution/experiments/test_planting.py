@@ -15,6 +15,7 @@ from attribution.claims.about_methods.common import METHOD
 from attribution.claims.about_methods.plants import KINDS, Kind, planting_of, task_of
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict
+from attribution.claims.sample import Sample
 from attribution.engine.decomposition import decomposition_errors, rounding
 from attribution.engine.methods import METHODS
 from attribution.engine.projection import before_softmax
@@ -398,16 +399,13 @@ CLAIMS: dict[str, Callable[[Workbench, Kind], Verdict]] = {
 @pytest.fixture
 def bench(model: at.Model) -> Workbench:
     """A model that is taken to know everything."""
-    bench = Workbench(model, KNOWLEDGE)
-    bench.__dict__["known"] = list(KNOWLEDGE.prompts)
-    return bench
+    return Workbench(Sample(model, KNOWLEDGE, known=KNOWLEDGE.prompts))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_claims_about_a_model_that_knows_nothing_are_inconclusive(model: at.Model, claim: str, kind: Kind) -> None:
-    bench = Workbench(model, KNOWLEDGE)
-    bench.__dict__["known"] = []
+    bench = Workbench(Sample(model, KNOWLEDGE, known=[]))
     verdict = CLAIMS[claim](bench, kind)
     assert (verdict.status, verdict.n) == (Status.INCONCLUSIVE, 0)
 

@@ -205,6 +205,7 @@ def examine(names: Sequence[str]) -> dict[str, str]:
             is empty.
     """
     from attribution.claims.bench import Workbench
+    from attribution.claims.sample import Sample
     from attribution.identities.preflight import preflight
     from attribution.models.loading import load
     from attribution.prompts.knowledge import Knowledge, load_knowledge
@@ -234,7 +235,7 @@ def examine(names: Sequence[str]) -> dict[str, str]:
     families = claims()
     for model in models:
         many, few = (
-            Workbench(model, Knowledge(knowledge.facts[::each], knowledge.words), max_prompts=PROMPTS)
+            Workbench(Sample(model, Knowledge(knowledge.facts[::each], knowledge.words), max_prompts=PROMPTS))
             for each in (EVERY, EVERY_FOR_EXACT)
         )
         for family in names or families:

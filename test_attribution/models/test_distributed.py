@@ -27,6 +27,7 @@ from dataclasses import asdict
 
 import attribution as at
 from attribution.claims.bench import Workbench
+from attribution.claims.sample import Sample
 
 name, device, folder, tests = sys.argv[1:]
 sys.path.insert(0, tests)
@@ -35,12 +36,12 @@ sys.path.remove(tests)
 model = at.load(name, device=device)
 knowledge = at.load_knowledge()
 # Some prompts of every category that the model knows: which those are would take longer to find out than all else here.
-bench = Workbench(model, knowledge, max_prompts=12)
-bench.known = [
+known = [
     prompt
     for prompt in knowledge.prompts
     if prompt.phrasing == 0 and len(model.tokenizer.encode(prompt.text + prompt.answer)) < 14
 ][::9]
+bench = Workbench(Sample(model, knowledge, max_prompts=12, known=known))
 prompts = bench.prompts[:4]
 found = {"spread": model.anatomy.spread, "rankings": [], "verdicts": []}
 ranked = ("neuron", "log_prob_increase"), ("ffn", "relp"), ("head", "log_prob_increase"), ("ffn", "coefficient")

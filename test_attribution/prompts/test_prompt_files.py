@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import attribution as at
 from attribution.__main__ import main
 from attribution.claims.bench import Workbench
+from attribution.claims.sample import Sample
 from attribution.errors import BadInputError, KnowledgeError
 from attribution.experiments.selection_rule import SelectionOutcome, selection_outcomes, selection_report
 from attribution.models.registry import registry
@@ -307,13 +308,15 @@ def test_the_control_asks_for_no_answer_of_several_tokens(gpt2: at.Model, tmp_pa
     ]
     path = _as_jsonl(tmp_path / "own.jsonl", rows)
     path.write_text(path.read_text() + '{"category": "color", "words": ["red red", "blue", "red", "green"]}\n')
-    bench = Workbench(gpt2, load_prompts(path))
-    assert [prompt.answer for prompt in bench.swapped] == [" Rome", " Paris", " Paris", " blue"]
+    bench = Workbench(Sample(gpt2, load_prompts(path)))
+    assert [prompt.answer for prompt in bench.sample.swapped] == [" Rome", " Paris", " Paris", " blue"]
 
 
 def test_the_registry_records_nothing_of_prompts_of_ones_own(gpt2: at.Model, mixed: Knowledge) -> None:
     recorded = registry()["bundled:gpt2"]
-    own, bundled = (Workbench(gpt2, knowledge).entry for knowledge in (mixed, load_knowledge(categories=["color"])))
+    own, bundled = (
+        Workbench(Sample(gpt2, knowledge)).entry for knowledge in (mixed, load_knowledge(categories=["color"]))
+    )
     assert bundled == recorded
     assert recorded.known_share > 0
     assert (own.known_share, own.not_supported, own.value_neurons) == (0, {}, recorded.value_neurons)

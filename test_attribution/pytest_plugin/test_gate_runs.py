@@ -336,8 +336,8 @@ def test_methods_are_judged_on_at_most_so_many_prompts(suite: Suite) -> None:
     suite.pytester.makepyfile(
         test_suite="""
         def test_it(attribution_bench):
-            everything = attribution_bench.knowledge.prompts
-            attribution_bench.__dict__["known"] = list(everything)
+            everything = attribution_bench.sample.knowledge.prompts
+            attribution_bench.sample.known = list(everything)
             assert len(attribution_bench.prompts) == 7
         """
     )

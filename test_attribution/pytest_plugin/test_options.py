@@ -122,7 +122,7 @@ def test_models_are_loaded_as_the_options_say(suite: pytest.Pytester) -> None:
             assert str(attribution_model.anatomy.readout.unembedding.dtype) == "torch.bfloat16"
             assert attribution_bench.model is attribution_model
             assert attribution_bench.seed == 3
-            assert attribution_bench.max_prompts == 5
+            assert attribution_bench.sample.max_prompts == 5
             assert attribution_prompts is attribution_bench.prompts
     """)
     result = suite.runpytest_subprocess(
@@ -148,7 +148,7 @@ def test_short_options_give_way_to_those_of_a_conftest(suite: pytest.Pytester, f
             assert request.config.getoption("--model") == 7
             assert str(attribution_model.device) == "cpu"
             assert attribution_bench.seed == 5
-            assert attribution_bench.max_prompts == 4
+            assert attribution_bench.sample.max_prompts == 4
     """)
     result = suite.runpytest_subprocess(
         *("--device=right", "--seed", "--model=7"),

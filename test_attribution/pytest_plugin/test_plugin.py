@@ -255,7 +255,7 @@ def test_suite_chooses_its_models_and_categories_by_hooks(suite: pytest.Pytester
     )
     suite.makepyfile(
         test_choice="def test_it(attribution_bench):\n"
-        "    assert {p.category for p in attribution_bench.knowledge.prompts} == {'month'}\n"
+        "    assert {p.category for p in attribution_bench.sample.knowledge.prompts} == {'month'}\n"
     )
     result = suite.runpytest_subprocess("test_choice.py", "-v")
     result.assert_outcomes(passed=1)

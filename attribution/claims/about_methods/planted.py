@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from attribution.claims.about_methods.common import BASELINES, METHOD
 from attribution.claims.about_methods.plants import Kind, Task, planting_of, task_of
-from attribution.claims.bench import STEPS, Workbench
+from attribution.claims.bench import STEPS, Workbench, measured_once
 from attribution.claims.measured import Effects, Exact, NotApplicable
 from attribution.engine.ablation import outcomes
 from attribution.engine.decomposition import rounding
@@ -57,12 +56,12 @@ def _is(record: Component, neuron: Neuron) -> bool:
 def _first(bench: Workbench, kind: Kind, method: str, strengths: Sequence[float]) -> npt.NDArray[np.bool_]:
     """Return whether a method ranks what was planted first, (strengths, prompts); a judged one also at strength 0."""
     together = (METHOD, *BASELINES) if method in (METHOD, *BASELINES) else (method,)
-    measure = partial(_measure_first, bench, kind, together, strengths)
-    return bench.once(("planted first", kind, together, tuple(strengths)), measure)[method]
+    return _first_by_method(bench, kind, together, tuple(strengths))[method]
 
 
-def _measure_first(
-    bench: Workbench, kind: Kind, methods: Sequence[str], strengths: Sequence[float]
+@measured_once
+def _first_by_method(
+    bench: Workbench, kind: Kind, methods: tuple[str, ...], strengths: tuple[float, ...]
 ) -> dict[str, npt.NDArray[np.bool_]]:
     task, values, unit = task_of(bench), planting_of(bench, kind).values, unit_of(kind)
     found: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in methods}
@@ -91,11 +90,8 @@ class _Ends:
     both: npt.NDArray[np.bool_]
 
 
-def _ends(bench: Workbench, method: str, strengths: Sequence[float]) -> _Ends:
-    return bench.once(("planted chain", method, tuple(strengths)), partial(_measure_ends, bench, method, strengths))
-
-
-def _measure_ends(bench: Workbench, method: str, strengths: Sequence[float]) -> _Ends:
+@measured_once
+def _ends(bench: Workbench, method: str, strengths: tuple[float, ...]) -> _Ends:
     task, planting = task_of(bench), planting_of(bench, "chain")
     prompts = [Prompt(question.text, question.answer) for question in task.questions] if planting.driven else []
     value = np.zeros((len(strengths) + 1, len(prompts)), dtype=bool)
@@ -144,7 +140,7 @@ def ranked_first(bench: Workbench, method: str, kind: Kind, strengths: Sequence[
     """
     if unit_of(kind) not in METHODS[method].units:
         return _not_scored(kind)
-    first = _ends(bench, method, strengths).value if kind == "chain" else _first(bench, kind, method, strengths)
+    first = _ends(bench, method, tuple(strengths)).value if kind == "chain" else _first(bench, kind, method, strengths)
     return _effects(bench, first, strengths)
 
 
@@ -152,7 +148,7 @@ def both_ends_ranked_first(bench: Workbench, method: str, strengths: Sequence[fl
     """Measure the same for both ends of a chain: the value neuron, and then its query neuron on the query side."""
     if unit_of("chain") not in METHODS[method].units:
         return _not_scored("chain")
-    return _effects(bench, _ends(bench, method, strengths).both, strengths)
+    return _effects(bench, _ends(bench, method, tuple(strengths)).both, strengths)
 
 
 def ranked_first_over_strengths(
@@ -165,7 +161,7 @@ def ranked_first_over_strengths(
     """
     if unit_of(kind) not in METHODS[method].units:
         return _not_scored(kind)
-    first = _ends(bench, method, strengths).both if kind == "chain" else _first(bench, kind, method, strengths)
+    first = _ends(bench, method, tuple(strengths)).both if kind == "chain" else _first(bench, kind, method, strengths)
     return _effects(bench, first, strengths, mean=True)
 
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.engine.batching import batches_of
 from attribution.engine.questions import Question, question_of
 from attribution.engine.subkeys import folded_subkeys
@@ -97,20 +96,17 @@ class Planting:
         return [plant.neuron for plant in self.woken or self.driven]
 
 
+@measured_once
 def task_of(bench: Workbench) -> Task:
     """Return what is asked of a model's prompts; of no prompt for a model that knows nothing."""
-    return bench.once(("planted task",), partial(_draw_task, bench))
-
-
-def _draw_task(bench: Workbench) -> Task:
     draw = random.Random(bench.seed)
     places: list[int] = []
     questions: list[Question] = []
     column: list[int] = []
     words: list[int] = []
     # A prompt of one token has nothing to attend to but itself.
-    asked = [place for place in bench.part(PROMPTS) if len(bench.questions[place].ids) > 1]
-    for category in bench.knowledge.words:
+    asked = [place for place in bench.sample.subset(PROMPTS) if len(bench.sample.questions[place].ids) > 1]
+    for category in bench.sample.knowledge.words:
         mine = [place for place in asked if bench.prompts[place].category == category]
         answers = list(dict.fromkeys(prompt.answer for prompt in bench.prompts if prompt.category == category))
         if not mine or len(answers) < _SIDES:
@@ -145,11 +141,9 @@ class _Nature:
     sources: Tensor
 
 
+@measured_once
 def _nature(bench: Workbench) -> _Nature:
-    return bench.once(("planted nature",), partial(_read_nature, bench.model, task_of(bench)))
-
-
-def _read_nature(model: Model, task: Task) -> _Nature:
+    model, task = bench.model, task_of(bench)
     anatomy, number = model.anatomy, len(task.questions)
     tables = [cast(VectorTable, vector_table(model, unit)) for unit in ("ffn", "attention")]
     ffn_norms, attention_norms = (table.norms.view(anatomy.layers, 1, -1) for table in tables)
@@ -247,12 +241,9 @@ def _louder(
     return louder
 
 
+@measured_once
 def planting_of(bench: Workbench, kind: Kind) -> Planting:
     """Return what is planted in a model, at strength 1; nothing in one that knows nothing or has no room for it."""
-    return bench.once(("planting", kind), partial(_draw_planting, bench, kind))
-
-
-def _draw_planting(bench: Workbench, kind: Kind) -> Planting:
     model, task = bench.model, task_of(bench)
     anatomy, ends = model.anatomy, 2 if kind == "chain" else 1
     if not task.words or anatomy.layers < ends:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attribution.claims.about_methods.common import PROMPTS, budget_of
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
 from attribution.engine.metrics import by_metric
@@ -43,28 +43,25 @@ def query_budget(bench: Workbench) -> int:
 
 
 def strongest(bench: Workbench, method: str, unit: Unit, number: int) -> list[Ranking]:
-    """Return the top neurons of :data:`PROMPTS` prompts, those at ``bench.part(PROMPTS)``."""
-    return bench.rankings(method, unit, number, places=bench.part(PROMPTS))
+    """Return the top neurons of :data:`PROMPTS` prompts, those at ``bench.sample.subset(PROMPTS)``."""
+    return bench.rankings(method, unit, number, places=bench.sample.subset(PROMPTS))
 
 
+@measured_once
 def waking(bench: Workbench, method: str) -> list[list[FFNNeuron]]:
-    """Return the query neurons of the prompts at ``bench.part(PROMPTS)``, best first; found once."""
-
-    def found() -> list[list[FFNNeuron]]:
-        rankings = strongest(bench, method, "attention", budget_of(bench, method)["attention"])
-        if not rankings:
-            return []
-        prompts = [bench.prompts[place] for place in bench.part(PROMPTS)]
-        return [each.neurons for each in query(bench.model, prompts, value_neurons=rankings, k=query_budget(bench))]
-
-    return bench.once(("waking", method), found)
+    """Return the query neurons of the prompts at ``bench.sample.subset(PROMPTS)``, best first; found once."""
+    rankings = strongest(bench, method, "attention", budget_of(bench, method)["attention"])
+    if not rankings:
+        return []
+    prompts = [bench.prompts[place] for place in bench.sample.subset(PROMPTS)]
+    return [each.neurons for each in query(bench.model, prompts, value_neurons=rankings, k=query_budget(bench))]
 
 
 def _of_the_same_layers(bench: Workbench, chosen: list[list[FFNNeuron]], seed: int) -> list[list[FFNNeuron]]:
     """Draw as many other FFN neurons from each layer; fewer where a layer has too few others."""
     drawn = []
-    for place, neurons in zip(bench.part(PROMPTS), chosen, strict=True):
-        rng = np.random.default_rng(bench.questions[place].seed(seed))
+    for place, neurons in zip(bench.sample.subset(PROMPTS), chosen, strict=True):
+        rng = np.random.default_rng(bench.sample.questions[place].seed(seed))
         own = []
         for layer in sorted({neuron.layer for neuron in neurons}):
             taken = [neuron.index for neuron in neurons if neuron.layer == layer]
@@ -75,16 +72,13 @@ def _of_the_same_layers(bench: Workbench, chosen: list[list[FFNNeuron]], seed: i
     return drawn
 
 
+@measured_once
 def left_without_query_neurons(bench: Workbench, method: str) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
     """Return what is left of each metric on each prompt without its query neurons, and without others like them."""
-
-    def measured() -> dict[str, dict[str, npt.NDArray[np.float64]]]:
-        questions = [bench.questions[place] for place in bench.part(PROMPTS)]
-        chosen = waking(bench, method)
-        arms = {"query": chosen, "same layers": _of_the_same_layers(bench, chosen, bench.seed)}
-        return {name: by_metric(outcomes(bench.model, questions, neurons)[0]) for name, neurons in arms.items()}
-
-    return bench.once(("query neurons", method), measured)
+    questions = [bench.sample.questions[place] for place in bench.sample.subset(PROMPTS)]
+    chosen = waking(bench, method)
+    arms = {"query": chosen, "same layers": _of_the_same_layers(bench, chosen, bench.seed)}
+    return {name: by_metric(outcomes(bench.model, questions, neurons)[0]) for name, neurons in arms.items()}
 
 
 def _left_by_random(bench: Workbench, seed: int, metric: str) -> npt.NDArray[np.float64]:
@@ -98,7 +92,7 @@ def lead_over_random_neurons(bench: Workbench, method: str, metric: str) -> Effe
     if "attention" not in budget_of(bench, method):
         return _NO_VALUE_NEURONS
     by_random, left = _left_by_random(bench, bench.seed, metric), left_without_query_neurons(bench, method)
-    return Effects(by_random - left["query"][metric], places=bench.part(PROMPTS), seed=bench.seed)
+    return Effects(by_random - left["query"][metric], places=bench.sample.subset(PROMPTS), seed=bench.seed)
 
 
 def lead_over_the_same_layers(bench: Workbench, method: str, metric: str) -> Effects | NotApplicable:
@@ -106,7 +100,9 @@ def lead_over_the_same_layers(bench: Workbench, method: str, metric: str) -> Eff
     if "attention" not in budget_of(bench, method):
         return _NO_VALUE_NEURONS
     left = left_without_query_neurons(bench, method)
-    return Effects(left["same layers"][metric] - left["query"][metric], places=bench.part(PROMPTS), seed=bench.seed)
+    return Effects(
+        left["same layers"][metric] - left["query"][metric], places=bench.sample.subset(PROMPTS), seed=bench.seed
+    )
 
 
 def fall_without_query_neurons(
@@ -115,7 +111,7 @@ def fall_without_query_neurons(
     """Measure how far a metric falls without query neurons."""
     if "attention" not in budget_of(bench, method):
         return _NO_VALUE_NEURONS
-    places = bench.part(PROMPTS)
+    places = bench.sample.subset(PROMPTS)
     before = bench.before[metric][places]
     left = left_without_query_neurons(bench, method)["query"][metric]
     return Effects(before - left, baselines=before, places=places, note=note)
@@ -123,6 +119,6 @@ def fall_without_query_neurons(
 
 def fall_without_random_ffn_neurons(bench: Workbench, metric: str, *, seed: int) -> Effects:
     """Measure how far a metric falls without random FFN neurons, as many as there are query neurons."""
-    places = bench.part(PROMPTS)
+    places = bench.sample.subset(PROMPTS)
     before = bench.before[metric][places]
     return Effects(before - _left_by_random(bench, seed, metric), baselines=before, places=places, seed=seed)

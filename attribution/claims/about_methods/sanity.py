@@ -38,8 +38,8 @@ def _chosen(bench: Workbench, method: str, control: str, k: int) -> list[list[Co
     if control == "sign flip":
         return [list(sample.lowest[:k]) for sample in single_neurons.samples(bench, method)]
     if control == "weight randomisation":
-        return _ranked(randomised(bench.model, bench.seed), bench.questions, method, k, bench.seed)
-    others = {prompt.text: prompt.answer for prompt in bench.swapped}
+        return _ranked(randomised(bench.model, bench.seed), bench.sample.questions, method, k, bench.seed)
+    others = {prompt.text: prompt.answer for prompt in bench.sample.swapped}
     questions = [question_of(bench.model, prompt.text, others[prompt.text]) for prompt in bench.prompts]
     return _ranked(bench.model, questions, method, k, bench.seed)
 
@@ -61,10 +61,12 @@ def lead_over_broken_scorer(
     """
     if "ffn" not in METHODS[method].units:
         return NO_FFN
-    places = bench.part(single_neurons.PROMPTS) if control == "sign flip" else list(range(len(bench.prompts)))
+    places = bench.sample.subset(single_neurons.PROMPTS) if control == "sign flip" else list(range(len(bench.prompts)))
     frame = bench.frames((method,), k)[method]
     whole = (frame["logp_before"] - frame["logp_after"]).to_numpy(dtype=np.float64)[places]
-    after, _ = outcomes(bench.model, [bench.questions[place] for place in places], _chosen(bench, method, control, k))
+    after, _ = outcomes(
+        bench.model, [bench.sample.questions[place] for place in places], _chosen(bench, method, control, k)
+    )
     left = bench.before["logp"][places] - by_metric(after)["logp"]
     note = f"{left.sum() / whole.sum():.1%} of the fall is left" if whole.sum() > 0 else ""
     return Effects(share * whole - left, places=places, seed=bench.seed, note=note)

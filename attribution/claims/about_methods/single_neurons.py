@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attribution.claims.about_methods.common import BASELINES, NO_FFN, STEPS, rank_correlation
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
 from attribution.engine.batching import batches_of
@@ -41,7 +41,7 @@ __all__ = [
     "EFFECTS",
     "PROMPTS",
     "TOP",
-    "Sample",
+    "SampledNeurons",
     "correlations",
     "direct_effects",
     "repaired",
@@ -64,7 +64,7 @@ PROMPTS = 100
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampledNeurons:
     """The neurons drawn for one prompt, in order of rank.
 
     Attributes:
@@ -127,18 +127,15 @@ def direct_effects(candidates: Candidates, resid_final: Tensor) -> Tensor:
     return log_probs[0] - log_probs[1:]
 
 
-def samples(bench: Workbench, method: str) -> list[Sample]:
-    """Return the sample of each prompt of ``bench.part(PROMPTS)``, measured once."""
-    return bench.once(("single neurons", method), lambda: _measured(bench, method))
-
-
-def _measured(bench: Workbench, method: str) -> list[Sample]:
-    model, places = bench.model, bench.part(PROMPTS)
+@measured_once
+def samples(bench: Workbench, method: str) -> list[SampledNeurons]:
+    """Return the sample of each prompt of ``bench.sample.subset(PROMPTS)``."""
+    model, places = bench.model, bench.sample.subset(PROMPTS)
     if not places:
         return []
-    questions = [bench.questions[place] for place in places]
+    questions = [bench.sample.questions[place] for place in places]
     scorer, compared = method_named(method, "ffn"), [method_named(name, "ffn") for name in COMPARED]
-    drawn: dict[int, Sample] = {}
+    drawn: dict[int, SampledNeurons] = {}
     for rows, batch in batches_of(model, questions):
         part = [questions[row] for row in rows]
         ranked = all_candidates(model, part, batch, {"ffn": [scorer]}, seed=bench.seed, steps=STEPS)
@@ -148,7 +145,7 @@ def _measured(bench: Workbench, method: str) -> list[Sample]:
             order = top_k(candidates, scorer, None).indices
             # Another seed than that of the random scores, which are drawn anew from theirs.
             chosen = candidates.take(order[sampled_ranks(len(order), candidates.seed + 1)])
-            drawn[row] = Sample(
+            drawn[row] = SampledNeurons(
                 records=tuple(chosen.records(torch.arange(len(chosen)))),
                 scores={each.name: score_candidates(each, chosen).numpy(force=True) for each in (scorer, *compared)},
                 total=np.empty(0),
@@ -183,7 +180,7 @@ def correlations(bench: Workbench, method: str, effect: str, *, scored_by: str) 
     if "ffn" not in METHODS[method].units:
         return NO_FFN
     found = [rank_correlation(each.scores[scored_by], each.effect(effect)) for each in samples(bench, method)]
-    return Effects(found, places=bench.part(PROMPTS), seed=bench.seed)
+    return Effects(found, places=bench.sample.subset(PROMPTS), seed=bench.seed)
 
 
 def repaired(bench: Workbench, method: str, *, k: int) -> Effects | NotApplicable:
@@ -201,4 +198,4 @@ def repaired(bench: Workbench, method: str, *, k: int) -> Effects | NotApplicabl
     found = samples(bench, method)
     direct, total = (np.array([each.effect(name)[:k].mean() for each in found]) for name in ("direct", "total"))
     note = f"direct {direct.mean():.2g}, total {total.mean():.2g} nats a neuron" if found else ""
-    return Effects(direct > total, places=bench.part(PROMPTS), seed=bench.seed, note=note)
+    return Effects(direct > total, places=bench.sample.subset(PROMPTS), seed=bench.seed, note=note)

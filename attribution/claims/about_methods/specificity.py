@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from attribution.claims.about_methods.common import PROMPTS, STEPS, budget_of
 from attribution.claims.about_methods.query_neurons import query_budget, strongest, waking
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
 from attribution.engine.batching import batches_of
@@ -105,10 +105,10 @@ def budget_of_set(bench: Workbench, method: str, chosen: str) -> dict[str, int]:
 
 
 def _ranked(bench: Workbench, method: str, chosen: str) -> list[list[Component]]:
-    """Return the neurons of each prompt at ``bench.part(PROMPTS)``."""
+    """Return the neurons of each prompt at ``bench.sample.subset(PROMPTS)``."""
     if chosen == "query neurons":
         return [list(neurons) for neurons in waking(bench, method)]
-    ranked: list[list[Component]] = [[] for _ in bench.part(PROMPTS)]
+    ranked: list[list[Component]] = [[] for _ in bench.sample.subset(PROMPTS)]
     for unit, number in budget_of_set(bench, method, chosen).items():
         # One ranking serves both numbers.
         most = max(number, budget_of(bench, method).get(unit, 0))
@@ -117,18 +117,16 @@ def _ranked(bench: Workbench, method: str, chosen: str) -> list[list[Component]]
     return ranked
 
 
+@measured_once
 def _paired(bench: Workbench, method: str, chosen: str) -> _Paired:
-    def measured() -> _Paired:
-        places = bench.part(PROMPTS)
-        partner = strangers([bench.prompts[place].category for place in places], bench.seed)
-        ranked = _ranked(bench, method, chosen)
-        rows = sorted(partner)
-        questions = [bench.questions[places[row]] for row in rows]
-        arms = ([ranked[row] for row in rows], [ranked[partner[row]] for row in rows])
-        left = [by_metric(outcomes(bench.model, questions, neurons)[0]) for neurons in arms]
-        return _Paired([places[row] for row in rows], *left)
-
-    return bench.once(("specificity", method, chosen), measured)
+    places = bench.sample.subset(PROMPTS)
+    partner = strangers([bench.prompts[place].category for place in places], bench.seed)
+    ranked = _ranked(bench, method, chosen)
+    rows = sorted(partner)
+    questions = [bench.sample.questions[places[row]] for row in rows]
+    arms = ([ranked[row] for row in rows], [ranked[partner[row]] for row in rows])
+    left = [by_metric(outcomes(bench.model, questions, neurons)[0]) for neurons in arms]
+    return _Paired([places[row] for row in rows], *left)
 
 
 def lead_over_unrelated_facts(bench: Workbench, method: str, chosen: str) -> Effects | NotApplicable:
@@ -206,7 +204,7 @@ def _head_scores(bench: Workbench, method: str, places: Sequence[int]) -> npt.ND
     """Return the score of each head on each prompt, (prompts, layers * heads)."""
     anatomy, scorer = bench.model.anatomy, method_named(method, "head")
     scores = np.zeros((len(places), anatomy.layers * anatomy.heads))
-    questions = [bench.questions[place] for place in places]
+    questions = [bench.sample.questions[place] for place in places]
     for rows, batch in batches_of(bench.model, questions):
         part = [questions[row] for row in rows]
         found = all_candidates(bench.model, part, batch, {"head": [scorer]}, seed=bench.seed, steps=STEPS)
@@ -216,19 +214,16 @@ def _head_scores(bench: Workbench, method: str, places: Sequence[int]) -> npt.ND
     return scores
 
 
+@measured_once
 def left_without_heads(bench: Workbench, method: str) -> HeadsLeft:
-    """Return what is left when the heads of every category are zeroed in every prompt; measured once."""
-    return bench.once(("heads", method), lambda: _measure_heads(bench, method))
-
-
-def _measure_heads(bench: Workbench, method: str) -> HeadsLeft:
-    places, anatomy = bench.part(PROMPTS), bench.model.anatomy
+    """Return what is left when the heads of every category are zeroed in every prompt."""
+    places, anatomy = bench.sample.subset(PROMPTS), bench.model.anatomy
     categories = [bench.prompts[place].category for place in places]
     number = max(1, round(_HEAD_SHARE * anatomy.layers * anatomy.heads))
     chosen = chosen_heads(_head_scores(bench, method, places), categories, number, bench.seed)
     jobs = [(row, name) for row, by_category in enumerate(chosen) for name in by_category]
     heads = [[Head(*divmod(head, anatomy.heads)) for head in chosen[row][name]] for row, name in jobs]
-    after = by_metric(outcomes(bench.model, [bench.questions[places[row]] for row, _ in jobs], heads)[0])
+    after = by_metric(outcomes(bench.model, [bench.sample.questions[places[row]] for row, _ in jobs], heads)[0])
     rows = np.array([row for row, _ in jobs], dtype=np.intp)
     kinds = np.array([_kind(categories[row], name) for row, name in jobs], dtype=str)
     counts, left = {}, {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from attribution.claims.about_methods.common import METRIC_NAMES, STEPS
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import Means, reference_of
 from attribution.engine.batching import batches_of
@@ -105,16 +105,17 @@ def _all_but(kept: dict[Unit, Tensor], means: Means, layers: int) -> Edits:
     return Edits(coefficients=edits.get("ffn", {}), mixed_values=edits.get("attention", {}))
 
 
+@measured_once
 def _left(
-    bench: Workbench, method: str, units: Sequence[Unit], shares: Sequence[float]
+    bench: Workbench, method: str, units: tuple[Unit, ...], shares: tuple[float, ...]
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Return what is left of each metric, (prompts, 2, shares): the method's neurons kept, and random ones."""
-    questions = [bench.questions[place] for place in bench.part(PROMPTS)]
+    questions = [bench.sample.questions[place] for place in bench.sample.subset(PROMPTS)]
     shape = (len(questions), 2, len(shares))
     left = {metric: np.zeros(shape) for metric in METRIC_NAMES}
     if not questions:
         return left
-    means = reference_of(bench.model, "mean", [question.ids for question in bench.questions])
+    means = reference_of(bench.model, "mean", [question.ids for question in bench.sample.questions])
     assert isinstance(means, Means)
     wanted = {unit: [method_named(method, unit)] for unit in units}
     each = 2 * len(shares)
@@ -131,10 +132,6 @@ def _left(
     return left
 
 
-def _measured(bench: Workbench, method: str, shares: Sequence[float]) -> dict[str, npt.NDArray[np.float64]]:
-    return bench.once(("sufficiency", method, tuple(shares)), lambda: _left(bench, method, units_kept(method), shares))
-
-
 def units_kept(method: str) -> tuple[Unit, ...]:
     """Return the units of which a share is kept: those that the method scores. The others stay whole."""
     return tuple(unit for unit in _UNITS if unit in METHODS[method].units)
@@ -146,8 +143,8 @@ def lead_over_random_neurons(
     """Measure how much more of a metric a method's neurons keep than random ones, averaged over the shares."""
     if not units_kept(method):
         return _NO_NEURONS
-    kept, random = _measured(bench, method, shares)[metric].mean(-1).T
-    return Effects(kept - random, places=bench.part(PROMPTS), seed=bench.seed)
+    kept, random = _left(bench, method, units_kept(method), tuple(shares))[metric].mean(-1).T
+    return Effects(kept - random, places=bench.sample.subset(PROMPTS), seed=bench.seed)
 
 
 def share_left(bench: Workbench, method: str, metric: str, *, shares: Sequence[float]) -> Effects | NotApplicable:
@@ -157,9 +154,9 @@ def share_left(bench: Workbench, method: str, metric: str, *, shares: Sequence[f
     """
     if not units_kept(method):
         return _NO_NEURONS
-    places = bench.part(PROMPTS)
+    places = bench.sample.subset(PROMPTS)
     before = bench.before[metric][places]
-    left = _measured(bench, method, shares)[metric]
+    left = _left(bench, method, units_kept(method), tuple(shares))[metric]
     # A share of the mean, not a mean of shares: the judge divides sums.
     curve = left.sum(0) / before.sum() if places else np.zeros(left.shape[1:])
     note = "kept, at random: " + "; ".join(

@@ -26,7 +26,8 @@ def _left(bench: Workbench, method: str, kind: str, metric: str, *, k: int, judg
     """Return what is left of a metric without a method's top k; the judged method is measured with all its baselines.
 
     Returns:
-        One number for each prompt; for kinds that are only reported, for the prompts at ``bench.part(PROMPTS)``.
+        One number for each prompt; for kinds that are only reported, for each prompt of
+        ``bench.sample.subset(PROMPTS)``.
     """
     names = (judged, *BASELINES)
     if kind == "zero":
@@ -43,7 +44,7 @@ def lead_over_baseline(
     if "ffn" not in METHODS[method].units:
         return NO_FFN
     by_baseline, by_method = (_left(bench, name, kind, metric, k=k, judged=method) for name in (baseline, method))
-    return Effects(by_baseline - by_method, places=None if kind == "zero" else bench.part(PROMPTS))
+    return Effects(by_baseline - by_method, places=None if kind == "zero" else bench.sample.subset(PROMPTS))
 
 
 def _summary(bench: Workbench, method: str, summary: str, *, ks: Sequence[int], judged: str) -> npt.NDArray[np.float64]:
@@ -73,7 +74,7 @@ def lead_over_the_curve(
     if "ffn" not in METHODS[method].units:
         return NO_FFN
     by_baseline, by_method = (_summary(bench, name, summary, ks=ks, judged=method) for name in (baseline, method))
-    return Effects(by_baseline - by_method, places=bench.part(PROMPTS))
+    return Effects(by_baseline - by_method, places=bench.sample.subset(PROMPTS))
 
 
 def _timed_best(bench: Workbench, method: str, places: list[int], k: int) -> tuple[list[list[Component]], str]:
@@ -95,8 +96,8 @@ def lead_over_rival(bench: Workbench, method: str, rival: str, *, k: int) -> Eff
     """
     if "ffn" not in METHODS[method].units:
         return NO_FFN
-    places = bench.part(_RIVAL_PROMPTS)
-    questions = [bench.questions[place] for place in places]
+    places = bench.sample.subset(_RIVAL_PROMPTS)
+    questions = [bench.sample.questions[place] for place in places]
     left, costs = {}, []
     for name in (method, rival):
         best, cost = _timed_best(bench, name, places, k)
@@ -115,7 +116,7 @@ def agreement_of_kinds(bench: Workbench, method: str, kind: str, *, k: int) -> E
     """
     if "ffn" not in METHODS[method].units:
         return NO_FFN
-    names, places = (method, *BASELINES), bench.part(PROMPTS)
+    names, places = (method, *BASELINES), bench.sample.subset(PROMPTS)
     zero = np.stack([_left(bench, name, "zero", "logp", k=k, judged=method)[places] for name in names], -1)
     other = np.stack([_left(bench, name, kind, "logp", k=k, judged=method) for name in names], -1)
     return Effects([rank_correlation(one, two) for one, two in zip(zero, other, strict=True)], places=places)

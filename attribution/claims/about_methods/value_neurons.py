@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attribution.claims.about_methods.common import OTHER_KINDS, PROMPTS, STEPS, budget_of
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects
 from attribution.engine.ablation import outcomes
 from attribution.engine.batching import batches_of
@@ -44,8 +44,8 @@ def fall_without_random_neurons(bench: Workbench, method: str, metric: str, *, s
 
 def _matched(bench: Workbench, method: str, budget: dict[str, int], seed: int) -> tuple[list[list[Component]], float]:
     """Return matched controls for each prompt of a part, and their norms as a share of the value neurons'."""
-    places = bench.part(PROMPTS)
-    asked = [bench.questions[place] for place in places]
+    places = bench.sample.subset(PROMPTS)
+    asked = [bench.sample.questions[place] for place in places]
     best = bench.ranked((method,), {unit_named(unit): number for unit, number in budget.items()}, places=places)
     controls: list[list[Component]] = [[] for _ in asked]
     norms = {"chosen": 0.0, "drawn": 0.0}
@@ -64,21 +64,20 @@ def _matched(bench: Workbench, method: str, budget: dict[str, int], seed: int) -
     return controls, norms["drawn"] / norms["chosen"] if norms["chosen"] else float("nan")
 
 
+@measured_once
 def _left_by_matched(bench: Workbench, method: str) -> tuple[dict[str, npt.NDArray[np.float64]], float]:
-    """Return what matched controls leave of each metric, and their norms as a share; measured once."""
-
-    def measured() -> tuple[dict[str, npt.NDArray[np.float64]], float]:
-        controls, share = _matched(bench, method, budget_of(bench, method), bench.seed)
-        after, _ = outcomes(bench.model, [bench.questions[place] for place in bench.part(PROMPTS)], controls)
-        return by_metric(after), share
-
-    return bench.once(("matched", method), measured)
+    """Return what matched controls leave of each metric, and their norms as a share."""
+    controls, share = _matched(bench, method, budget_of(bench, method), bench.seed)
+    after, _ = outcomes(
+        bench.model, [bench.sample.questions[place] for place in bench.sample.subset(PROMPTS)], controls
+    )
+    return by_metric(after), share
 
 
 def fall_without_matched_neurons(bench: Workbench, method: str, metric: str) -> Effects:
     """Measure the same for other neurons of the same layers that write vectors of about the same norm."""
     left, share = _left_by_matched(bench, method)
-    places = bench.part(PROMPTS)
+    places = bench.sample.subset(PROMPTS)
     before = bench.before[metric][places]
     note = f"{share:.2f} of the value neurons' norms"
     return Effects(before - left[metric], baselines=before, places=places, seed=bench.seed, note=note)
@@ -87,7 +86,7 @@ def fall_without_matched_neurons(bench: Workbench, method: str, metric: str) -> 
 def lead_over_matched_neurons(bench: Workbench, method: str, metric: str) -> Effects:
     """Measure how much more of a metric matched neurons leave than value neurons, as a share of its start."""
     left, _ = _left_by_matched(bench, method)
-    places = bench.part(PROMPTS)
+    places = bench.sample.subset(PROMPTS)
     frame = bench.frames((method,), budget_of(bench, method))[method]
     after = frame[f"{metric}_after"].to_numpy(dtype=np.float64)[places]
     return Effects(left[metric] - after, baselines=bench.before[metric][places], places=places, seed=bench.seed)

@@ -67,7 +67,7 @@ def by_value_neurons(bench: Workbench) -> Exhibit:
 
 def by_query_neurons(bench: Workbench) -> Exhibit:
     """Return Table 7: what a prompt's query neurons take from each category, and as many random ones."""
-    places, number = bench.part(PROMPTS), query_budget(bench)
+    places, number = bench.sample.subset(PROMPTS), query_budget(bench)
     categories = np.array([bench.prompts[place].category for place in places], dtype=str)
     before = {name: bench.before[name][places] for name in METRIC_NAMES}
     random = bench.frames(("random",), {"ffn": number}, number=PROMPTS)["random"]

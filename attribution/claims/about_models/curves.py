@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from attribution.claims.about_models.survey import survey
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.measured import Effects
 from attribution.engine.batching import batches_of
@@ -29,23 +29,20 @@ PIECES: tuple[Piece, ...] = ("logp", "prob")
 _SEGMENTS = 60
 
 
-def _log_probs(bench: Workbench, segments: int = _SEGMENTS) -> npt.NDArray[np.float64]:
+@measured_once
+def _log_probs(bench: Workbench, segments: int) -> npt.NDArray[np.float64]:
     """Return the answer's log-probability at every segment, in nats, (n, segments + 1), on the survey's prompts."""
-
-    def measured() -> npt.NDArray[np.float64]:
-        questions = [bench.questions[place] for place in survey(bench).places]
-        readout, curves = bench.model.anatomy.readout, np.zeros((len(questions), segments + 1))
-        way = torch.linspace(0, 1, segments + 1, dtype=torch.float64, device=bench.model.device)[:, None]
-        for rows, batch in batches_of(bench.model, questions):
-            activations = read_activations(bench.model, batch, logits=False)
-            starts, ends = activations.resid_pre[0].double(), activations.resid_final.double()
-            for row, start, end in zip(rows, starts, ends, strict=True):
-                first, last = before_softmax(torch.stack([start, end]), frozen_scale(end, readout.norm), readout)
-                log_probs = (first + way * (last - first)).log_softmax(-1)
-                curves[row] = log_probs[:, questions[row].answer_id].cpu().numpy()
-        return curves
-
-    return bench.once(("curves", segments), measured)
+    questions = [bench.sample.questions[place] for place in survey(bench).places]
+    readout, curves = bench.model.anatomy.readout, np.zeros((len(questions), segments + 1))
+    way = torch.linspace(0, 1, segments + 1, dtype=torch.float64, device=bench.model.device)[:, None]
+    for rows, batch in batches_of(bench.model, questions):
+        activations = read_activations(bench.model, batch, logits=False)
+        starts, ends = activations.resid_pre[0].double(), activations.resid_final.double()
+        for row, start, end in zip(rows, starts, ends, strict=True):
+            first, last = before_softmax(torch.stack([start, end]), frozen_scale(end, readout.norm), readout)
+            log_probs = (first + way * (last - first)).log_softmax(-1)
+            curves[row] = log_probs[:, questions[row].answer_id].cpu().numpy()
+    return curves
 
 
 def straightness(curves: npt.NDArray[np.float64], first: int, last: int) -> npt.NDArray[np.float64]:
@@ -95,7 +92,7 @@ def straightness_of(bench: Workbench, piece: Piece, first: int, last: int, *, se
 
 def curve(bench: Workbench) -> Exhibit:
     """Return Figures 3 and 10: the mean log-probability and probability of the answer at every segment."""
-    curves = _log_probs(bench)
+    curves = _log_probs(bench, _SEGMENTS)
     empty = np.full(_SEGMENTS + 1, np.nan)
     frame = pd.DataFrame(
         {

@@ -15,7 +15,7 @@ from scipy import stats
 
 from attribution.claims.about_methods.common import METHOD
 from attribution.claims.about_models.survey import Survey, depth, survey, survey_of
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.measured import Effects
 from attribution.records import Component, FFNNeuron, SublayerKind
@@ -40,20 +40,17 @@ _K = 10
 _DEPTHS = (METHOD, "log_prob", "prob_increase")
 
 
+@measured_once
 def _sums(bench: Workbench, kind: SublayerKind) -> tuple[Survey, dict[str, npt.NDArray[np.float64]]]:
     """Return sums over a kind's neurons on each prompt, in nats, (n,) each: all, positive, and the highest ones."""
-
-    def measured() -> tuple[Survey, dict[str, npt.NDArray[np.float64]]]:
-        found = survey_of(bench, _SUMMED_PER_CATEGORY)
-        sums: dict[str, list[float]] = {name: [] for name in _SUMS}
-        for ranking in found.rank(kind, None):
-            scores = ranking.scores.numpy()
-            values = (scores.sum(), scores[scores > 0].sum(), scores[:100].sum(), scores[:200].sum())
-            for name, value in zip(_SUMS, values, strict=True):
-                sums[name].append(float(value))
-        return found, {name: np.array(values, dtype=np.float64) for name, values in sums.items()}
-
-    return bench.once(("sums", kind), measured)
+    found = survey_of(bench, _SUMMED_PER_CATEGORY)
+    sums: dict[str, list[float]] = {name: [] for name in _SUMS}
+    for ranking in found.rank(kind, None):
+        scores = ranking.scores.numpy()
+        values = (scores.sum(), scores[scores > 0].sum(), scores[:100].sum(), scores[:200].sum())
+        for name, value in zip(_SUMS, values, strict=True):
+            sums[name].append(float(value))
+    return found, {name: np.array(values, dtype=np.float64) for name, values in sums.items()}
 
 
 def sum_beyond_half(bench: Workbench, kind: SublayerKind) -> Effects:
@@ -165,20 +162,17 @@ def shared_neurons(bench: Workbench) -> Exhibit:
     return Exhibit.of_frame("table_8", bench.model.name, frame, seen=seen, prompts=len(found.places))
 
 
+@measured_once
 def _layers_by_method(bench: Workbench) -> tuple[Survey, dict[str, npt.NDArray[np.intp]]]:
     """Return the layers of each prompt's top ten FFN neurons by three scores, (n, 10) each."""
-
-    def measured() -> tuple[Survey, dict[str, npt.NDArray[np.intp]]]:
-        found = survey(bench)
-        layers = {}
-        for name in _DEPTHS:
-            rankings = found.ffn if name == METHOD else found.rank("ffn", _K, method=name)
-            layers[name] = np.array(
-                [[neuron.layer for neuron in ranking.neurons[:_K]] for ranking in rankings], dtype=np.intp
-            ).reshape(len(found.places), _K)
-        return found, layers
-
-    return bench.once(("layers by method",), measured)
+    found = survey(bench)
+    layers = {}
+    for name in _DEPTHS:
+        rankings = found.ffn if name == METHOD else found.rank("ffn", _K, method=name)
+        layers[name] = np.array(
+            [[neuron.layer for neuron in ranking.neurons[:_K]] for ranking in rankings], dtype=np.intp
+        ).reshape(len(found.places), _K)
+    return found, layers
 
 
 def how_much_deeper(bench: Workbench, one: str, other: str, *, k: int) -> Effects:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from attribution.claims.about_methods.common import METHOD
 from attribution.claims.about_methods.query_neurons import query_budget
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.engine.batching import Progress
 from attribution.engine.queries import QueryRanking, query
 from attribution.engine.questions import question_of
@@ -66,7 +66,7 @@ class Survey:
     @cached_property
     def layers_for_other_answers(self) -> npt.NDArray[np.float64]:
         """The same for the answer of another fact of the category, which the prompt does not ask for."""
-        swapped = {prompt.text: prompt.answer for prompt in self.bench.swapped}
+        swapped = {prompt.text: prompt.answer for prompt in self.bench.sample.swapped}
         return self._scores("layer", [swapped[self.bench.prompts[place].text] for place in self.places])
 
     @cached_property
@@ -114,7 +114,7 @@ class Survey:
             return self.bench.rankings(method, unit, k, places=self.places)
         model = self.bench.model
         texts = [self.bench.prompts[place].text for place in self.places]
-        questions = [self.bench.questions[place] for place in self.places]
+        questions = [self.bench.sample.questions[place] for place in self.places]
         if answers is not None:
             questions = [question_of(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
         bar = Progress(f"{model.name} {unit} {method}", self.bench.progress)
@@ -154,7 +154,7 @@ class Survey:
 
 def survey_of(bench: Workbench, per_category: int) -> Survey:
     """Return a survey of at most so many prompts of each category, drawn by hash."""
-    order = {place: number for number, place in enumerate(bench.drawn())}
+    order = {place: number for number, place in enumerate(bench.sample.draw_order)}
     places: list[int] = []
     for category in dict.fromkeys(prompt.category for prompt in bench.prompts):
         own = [place for place, prompt in enumerate(bench.prompts) if prompt.category == category]
@@ -162,9 +162,10 @@ def survey_of(bench: Workbench, per_category: int) -> Survey:
     return Survey(bench, places)
 
 
+@measured_once
 def survey(bench: Workbench) -> Survey:
-    """Return the survey of a model, made once."""
-    return bench.once(("survey",), lambda: survey_of(bench, PER_CATEGORY))
+    """Return the survey of a model."""
+    return survey_of(bench, PER_CATEGORY)
 
 
 def depth(bench: Workbench, layers: Sequence[int] | npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:

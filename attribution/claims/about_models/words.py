@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attribution.claims.about_methods.common import METHOD, STEPS
 from attribution.claims.about_models.survey import Survey, survey
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.measured import Effects
 from attribution.engine.batching import batches_of
@@ -66,7 +66,7 @@ def _word_ids(bench: Workbench) -> dict[str, Tensor]:
         category: torch.tensor(
             sorted(set(one_token_words(bench.model, words).values())), dtype=torch.long, device=bench.model.device
         )
-        for category, words in bench.knowledge.words.items()
+        for category, words in bench.sample.knowledge.words.items()
     }
 
 
@@ -94,26 +94,21 @@ def _others(candidates: Candidates, index: Tensor, question: Question, seed: int
     return torch.tensor(drawn, dtype=torch.long, device=index.device)
 
 
-def _measured(bench: Workbench, kind: SublayerKind, tokens: int = _TOKENS) -> tuple[Survey, list[_OfPrompt]]:
-    """Return the top neurons of every prompt of the survey, and others, with what they raise; measured once."""
-
-    def measured() -> tuple[Survey, list[_OfPrompt]]:
-        found, words, method = survey(bench), _word_ids(bench), method_named(METHOD, kind)
-        questions = [bench.questions[place] for place in found.places]
-        of_prompt: dict[int, _OfPrompt] = {}
-        for rows, batch in batches_of(bench.model, questions):
-            part = [questions[row] for row in rows]
-            each = all_candidates(bench.model, part, batch, {kind: [method]}, seed=bench.seed, steps=STEPS)
-            for row, by_unit in zip(rows, each, strict=True):
-                candidates, own = by_unit[kind], words[found.categories[row]]
-                best = top_k(candidates, method, min(_NEURONS, len(candidates))).indices
-                others = _others(candidates, best, questions[row], bench.seed)
-                of_prompt[row] = _OfPrompt(
-                    _raised(candidates, best, own, tokens), _raised(candidates, others, own, tokens)
-                )
-        return found, [of_prompt[row] for row in range(len(questions))]
-
-    return bench.once(("words", kind, tokens), measured)
+@measured_once
+def _measured(bench: Workbench, kind: SublayerKind, tokens: int) -> tuple[Survey, list[_OfPrompt]]:
+    """Return the top neurons of every prompt of the survey, and others, with what they raise."""
+    found, words, method = survey(bench), _word_ids(bench), method_named(METHOD, kind)
+    questions = [bench.sample.questions[place] for place in found.places]
+    of_prompt: dict[int, _OfPrompt] = {}
+    for rows, batch in batches_of(bench.model, questions):
+        part = [questions[row] for row in rows]
+        each = all_candidates(bench.model, part, batch, {kind: [method]}, seed=bench.seed, steps=STEPS)
+        for row, by_unit in zip(rows, each, strict=True):
+            candidates, own = by_unit[kind], words[found.categories[row]]
+            best = top_k(candidates, method, min(_NEURONS, len(candidates))).indices
+            others = _others(candidates, best, questions[row], bench.seed)
+            of_prompt[row] = _OfPrompt(_raised(candidates, best, own, tokens), _raised(candidates, others, own, tokens))
+    return found, [of_prompt[row] for row in range(len(questions))]
 
 
 def words_raised(bench: Workbench, category: str, kind: SublayerKind, *, tokens: int) -> Effects:
@@ -162,7 +157,7 @@ def interpretable_neurons(bench: Workbench) -> Exhibit:
     kinds: tuple[SublayerKind, ...] = ("ffn", "attention")
     for category in found.named:
         for kind in kinds:
-            _, of_prompt = _measured(bench, kind)
+            _, of_prompt = _measured(bench, kind, _TOKENS)
             own = [of_prompt[row] for row in found.of(category)]
             for role, name in (("value", "top"), ("random", "others")):
                 every = [each for prompt in own for each in getattr(prompt, name)]

@@ -23,7 +23,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from attribution.claims.about_notebooks.printed import Figures
 from attribution.claims.about_notebooks.tolerance import Ranked, Rounding
 from attribution.engine.batching import batches_of
 from attribution.engine.importance import Candidates
@@ -137,12 +136,6 @@ class Recount:
         self._woken: dict[tuple[tuple[Neuron, ...], SubkeyKind], Woken] = {}
         self._squares: dict[tuple[Neuron, ...], Tensor] = {}
         self._patterns: dict[str, Tensor] = {}
-
-    @classmethod
-    def of(cls, model: Model, figures: Figures) -> Recount:
-        """Return the recount of the prompt that a notebook's figures are about."""
-        prediction = figures["prediction"]
-        return cls(model, prediction["sentence"], prediction["analysed"]["text"], figures["leading_space"])
 
     @cached_property
     def seen(self) -> Activations:

@@ -17,7 +17,7 @@ from attribution.claims.about_notebooks.printed import (
 )
 from attribution.claims.about_notebooks.recount import Recount
 from attribution.claims.about_notebooks.tolerance import Difference, Ranked, difference, half_a_unit, largest, same
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Exact
 from attribution.claims.paper import paper_model
 from attribution.errors import BadInputError
@@ -46,7 +46,9 @@ class Comparison:
     @classmethod
     def of(cls, bench: Workbench, figures: Figures) -> Comparison:
         """Return the comparison for a model, with what was recomputed for it already."""
-        return cls(bench.once(("notebook",), lambda: Recount.of(bench.model, figures)), figures)
+        prediction = figures["prediction"]
+        text, leading_space = prediction["analysed"]["text"], figures["leading_space"]
+        return cls(_recount(bench, prediction["sentence"], text, leading_space), figures)
 
     def differences(self, section: str) -> list[Difference]:
         """Return every figure of a section with its distance from what is recomputed."""
@@ -235,6 +237,11 @@ class Comparison:
     def _same_tokens(self, what: str, printed: Sequence[str], ids: Sequence[int]) -> Difference:
         plain = [self.recount.vocabulary.plain(text) for text in printed]
         return same(what, plain, [self.recount.vocabulary.text(token) for token in ids])
+
+
+@measured_once
+def _recount(bench: Workbench, sentence: str, text: str, leading_space: str) -> Recount:
+    return Recount(bench.model, sentence, text, leading_space)
 
 
 def _mean_layers(ranked: Ranked[Component], number: int) -> tuple[float, float]:

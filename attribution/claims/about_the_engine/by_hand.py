@@ -46,9 +46,9 @@ _Hook: TypeAlias = Callable[[Tensor], Tensor]
 
 def _prompts(bench: Workbench) -> tuple[list[Prompt], list[Question]]:
     """Return the shortest and the longest prompt: one of them is padded in a batch."""
-    by_length = sorted(range(len(bench.questions)), key=lambda place: len(bench.questions[place].ids))
+    by_length = sorted(range(len(bench.sample.questions)), key=lambda place: len(bench.sample.questions[place].ids))
     places = by_length[:1] + by_length[1:][-1:]
-    return [bench.prompts[place] for place in places], [bench.questions[place] for place in places]
+    return [bench.prompts[place] for place in places], [bench.sample.questions[place] for place in places]
 
 
 def tolerance(model: Model) -> float:

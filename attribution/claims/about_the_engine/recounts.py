@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attribution.claims.about_methods.common import BASELINES, METHOD, STEPS
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Exact
 from attribution.engine.batching import batches_of
 from attribution.engine.decomposition import rounding
@@ -132,27 +132,24 @@ def _scale(state: Tensor, norm: Norm | None) -> Tensor:
 
 def _places(bench: Workbench) -> list[int]:
     """Return the prompts that are counted again: from the longest to the shortest, as no batch has them."""
-    falling = sorted(range(len(bench.questions)), key=lambda place: -len(bench.questions[place].ids))
+    falling = sorted(range(len(bench.sample.questions)), key=lambda place: -len(bench.sample.questions[place].ids))
     return [falling[round(place)] for place in np.linspace(0, len(falling) - 1, min(_PROMPTS, len(falling)))]
 
 
+@measured_once
 def _traced(bench: Workbench) -> list[_Traced]:
     """Return the prompts that are counted again, traced."""
-
-    def trace() -> list[_Traced]:
-        questions = [bench.questions[place] for place in _places(bench)]
-        wanted: dict[Unit, Sequence[Method]] = {unit: [method_named(METHOD, unit)] for unit in SCORED_UNITS}
-        unembedding = bench.model.anatomy.readout.unembedding.double()
-        traced: dict[int, _Traced] = {}
-        for rows, batch in batches_of(bench.model, questions):
-            part = [questions[row] for row in rows]
-            seen = read_activations(bench.model, batch, positions="all")
-            found = all_candidates(bench.model, part, batch, wanted, seed=0, steps=STEPS)
-            for place, row in enumerate(rows):
-                traced[row] = _Traced(questions[row], bench.model.anatomy, seen, place, found[place], unembedding)
-        return [traced[row] for row in range(len(questions))]
-
-    return bench.once(("recounts",), trace)
+    questions = [bench.sample.questions[place] for place in _places(bench)]
+    wanted: dict[Unit, Sequence[Method]] = {unit: [method_named(METHOD, unit)] for unit in SCORED_UNITS}
+    unembedding = bench.model.anatomy.readout.unembedding.double()
+    traced: dict[int, _Traced] = {}
+    for rows, batch in batches_of(bench.model, questions):
+        part = [questions[row] for row in rows]
+        seen = read_activations(bench.model, batch, positions="all")
+        found = all_candidates(bench.model, part, batch, wanted, seed=0, steps=STEPS)
+        for place, row in enumerate(rows):
+            traced[row] = _Traced(questions[row], bench.model.anatomy, seen, place, found[place], unembedding)
+    return [traced[row] for row in range(len(questions))]
 
 
 def _limits(traced: _Traced, records: Sequence[Component]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -416,7 +413,7 @@ def _matched_otherwise(traced: _Traced, unit: Unit) -> int:
 
 def _mixed_up(bench: Workbench) -> int:
     """Return how many experiments with a few prompts are taken for others, or ablate another number of neurons."""
-    prompts = [bench.prompts[place].text for place in bench.part(_PROMPTS)]
+    prompts = [bench.prompts[place].text for place in bench.sample.subset(_PROMPTS)]
     arms = [(_ABLATED, "zero", 0), (_ABLATED, "zero", 1), (_ABLATED, "mean", 0), (_ABLATED + 1, "zero", 0)]
     frames = [bench.frames(("random",), k, kind=kind, seed=seed, number=_PROMPTS)["random"] for k, kind, seed in arms]
     wrong: int = sum(frame["prompt"].tolist() != prompts for frame in frames)

@@ -53,6 +53,6 @@ def _(original, prompts):
     return list(prompts)
 
 
-@FAULTS.patch("the control of what is known asks for the same answers", "Workbench.swapped", claims=KNOWN)
+@FAULTS.patch("the control of what is known asks for the same answers", "Sample.swapped", claims=KNOWN)
 def _(original, self):
     return self.knowledge.prompts
