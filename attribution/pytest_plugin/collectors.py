@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from attribution.errors import AttributionError
+from attribution.pytest_plugin.outcome import fail_run
 from attribution.wording import counted
 
 if TYPE_CHECKING:
@@ -103,8 +104,7 @@ class Report:
             write_report(self._folder, self._rows, exhibits, run_header(self._rows, exhibits, self._loaded))
         except OSError as error:
             self._line = f"report: not written ({error})"
-            if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            fail_run(session)
         else:
             self._line = f"report: {self._shown / 'index.html'}"
 
@@ -167,9 +167,7 @@ class Gate:
         except AttributionError as error:
             self._fail("what was measured makes no baseline", str(error))
         if self._red:
-            if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-                session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            session.shouldfail = session.shouldfail or f"attribution gate: {', '.join(self._red)}"
+            fail_run(session, f"attribution gate: {', '.join(self._red)}")
 
     def _fail(self, short: str, sentence: str) -> None:
         self._red.append(short)

@@ -12,12 +12,13 @@ import pytest
 from attribution.errors import AttributionError
 from attribution.models.registry import entry_of
 from attribution.pytest_plugin.collectors import EXHIBIT, LOADED, MEASURED, VERDICT
+from attribution.pytest_plugin.outcome import is_binding, outcome_of_claim, stop_run
 from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_gated, is_worker
 
 if TYPE_CHECKING:
     from attribution.claims.bench import Workbench
     from attribution.claims.exhibits import Exhibit
-    from attribution.claims.judge import Claim, Verdict
+    from attribution.claims.judge import Verdict
     from attribution.models.fingerprint import ModelFacts
     from attribution.models.model import Model
     from attribution.prompts.knowledge import Prompt
@@ -68,7 +69,7 @@ def attribution_model(request: pytest.FixtureRequest, _attribution_threads: None
         problem = str(error)
     if problem:
         # A run that was asked for this model can say nothing without it: one error, not one per test.
-        request.session.shouldfail = f"model {request.param!r} cannot be used"
+        stop_run(request.session, f"model {request.param!r} cannot be used")
         pytest.fail(problem, pytrace=False)
     config.stash.setdefault(_LOADED, {})[model.name] = model.described()
     if is_gated(config):
@@ -144,32 +145,25 @@ def assert_claim(
         recorded = entry_of(verdict.model).not_supported.get(claim.id) if measured else None
         if claim.gated and is_gated(config):
             _record_for_the_gate(config, verdict, record_property)
-        binding = _is_binding(claim, verdict.model, config)
+        binding = is_binding(
+            claim,
+            entry_of(verdict.model),
+            assert_all=bool(config.option.attribution_assert),
+            bundled_prompts=OWN_PROMPTS not in config.stash,
+        )
         record_property(VERDICT, verdict_row(verdict, recorded, asserted=binding))
         loaded = config.stash.get(_LOADED, {}).get(verdict.model)
         if loaded is not None:
             record_property(LOADED, {verdict.model: loaded})
-        if not binding:
-            return
-        status, sentence = verdict.status.value, verdict.sentence()
-        if recorded == status:
-            pytest.xfail(f"as recorded in the registry: {sentence}")
-        if recorded is not None:
-            sentence = f"the registry records {recorded!r}, correct it there: {sentence}"
-        elif status == "supported":
-            return
-        if not policy.verdicts:
-            pytest.xfail(f"--attribution-fail leaves verdicts out: {sentence}")
-        pytest.fail(sentence, pytrace=False)
+        outcome = outcome_of_claim(
+            verdict.status.value, verdict.sentence(), binding=binding, recorded=recorded, policy=policy
+        )
+        if outcome.kind == "expected failure":
+            pytest.xfail(outcome.sentence)
+        if outcome.kind == "red":
+            pytest.fail(outcome.sentence, pytrace=False)
 
     return check
-
-
-def _is_binding(claim: Claim, model: str, config: pytest.Config) -> bool:
-    """Say whether a test fails unless the claim is supported on the model."""
-    if not claim.asserted or not claim.family or config.option.attribution_assert:
-        return claim.asserted
-    return OWN_PROMPTS not in config.stash and claim.family in entry_of(model).asserted
 
 
 def _record_for_the_gate(

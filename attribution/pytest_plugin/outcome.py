@@ -1,0 +1,90 @@
+"""Why a run is red: what the verdict on one claim does to its test, and what turns a run red besides failed tests.
+
+Nothing else in this package changes the exit status of pytest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+
+from attribution.models.registry import Entry
+from attribution.pytest_plugin.policy import Policy
+
+if TYPE_CHECKING:
+    from attribution.claims.judge import Claim
+
+__all__ = ["ClaimOutcome", "fail_run", "is_binding", "outcome_of_claim", "stop_run"]
+
+
+@dataclass(frozen=True)
+class ClaimOutcome:
+    """What the verdict on a claim does to its test.
+
+    Attributes:
+        kind: ``"reported"`` and ``"green"`` let the test pass, ``"expected failure"`` makes it ``xfail``, ``"red"``
+            fails it.
+        sentence: Why a test fails or is expected to; empty if it passes.
+    """
+
+    kind: Literal["reported", "green", "expected failure", "red"]
+    sentence: str = ""
+
+
+def is_binding(claim: Claim, entry: Entry, *, assert_all: bool, bundled_prompts: bool) -> bool:
+    """Say whether the test of a claim fails unless the claim is supported.
+
+    Args:
+        claim: The claim.
+        entry: What the registry says of the model: which families of claims it asserts on the bundled prompts.
+        assert_all: Whether ``--attribution-assert`` makes every asserted claim binding.
+        bundled_prompts: Whether the run asks the bundled prompts.
+    """
+    if not claim.asserted or not claim.family or assert_all:
+        return claim.asserted
+    return bundled_prompts and claim.family in entry.asserted
+
+
+def outcome_of_claim(
+    status: str, sentence: str, *, binding: bool, recorded: str | None, policy: Policy
+) -> ClaimOutcome:
+    """Decide what a verdict does to its test; the first rule that applies decides.
+
+    Args:
+        status: The verdict's status.
+        sentence: The verdict in a sentence.
+        binding: Whether the claim is binding, see :func:`is_binding`.
+        recorded: The status that the registry expects; ``None`` if it records none.
+        policy: What the run's options say.
+    """
+    if not binding:
+        return ClaimOutcome("reported")
+    if status == recorded:
+        return ClaimOutcome("expected failure", f"as recorded in the registry: {sentence}")
+    if recorded is not None:
+        sentence = f"the registry records {recorded!r}, correct it there: {sentence}"
+    elif status == "supported":
+        return ClaimOutcome("green")
+    if not policy.verdicts:
+        return ClaimOutcome("expected failure", f"--attribution-fail leaves verdicts out: {sentence}")
+    return ClaimOutcome("red", sentence)
+
+
+def stop_run(session: pytest.Session, reason: str) -> None:
+    """Let no further test run, and let the run fail."""
+    session.shouldfail = reason
+
+
+def fail_run(session: pytest.Session, reason: str = "") -> None:
+    """Let a run fail that would pass, once its tests have run.
+
+    Args:
+        session: The session.
+        reason: What the last line of the terminal says; empty if another line says it.
+    """
+    if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if reason:
+        session.shouldfail = session.shouldfail or reason
