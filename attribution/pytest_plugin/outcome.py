@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from attribution.models.registry import Entry
-from attribution.pytest_plugin.policy import Policy
 
 if TYPE_CHECKING:
     from attribution.claims.judge import Claim
+    from attribution.pytest_plugin.policy import Policy
 
 __all__ = ["ClaimOutcome", "fail_run", "is_binding", "outcome_of_claim", "stop_run"]
 
