@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["counted"]
+__all__ = ["pluralize"]
 
 
-def counted(number: int, one: str, many: str = "") -> str:
+def pluralize(number: int, one: str, many: str = "") -> str:
     """Return a number with what it counts, such as ``1 prompt``, ``2 prompts`` and ``1 test waits``.
 
     Args:

@@ -37,7 +37,7 @@ def brute_force(candidates: Candidates, projected: list[Tensor]) -> Tensor:
 
     Args:
         candidates: The neurons.
-        projected: Per slot, the logits of each bare vector for a scale of 1, (rows, vocabulary).
+        projected: Per sublayer, the logits of each bare vector for a scale of 1, (rows, vocabulary).
     """
     table, scores = candidates.table, torch.empty(len(candidates), dtype=torch.float64)
     readout = table.readout
@@ -48,12 +48,12 @@ def brute_force(candidates: Candidates, projected: list[Tensor]) -> Tensor:
     )
     probabilities = (centred * readout.norm.weight / candidates.scale) @ readout.unembedding.double().T
     probabilities = probabilities.softmax(-1)
-    for slot in range(len(table.sublayers)):
-        for block in (candidates.slot == slot).nonzero()[:, 0].split(BLOCK):
-            update = projected[slot][candidates.row[block]]
+    for sublayer_index in range(len(table.sublayers)):
+        for block in (candidates.sublayer_index == sublayer_index).nonzero()[:, 0].split(BLOCK):
+            update = projected[sublayer_index][candidates.row[block]]
             update *= (candidates.coefficient[block] / candidates.scale)[:, None]
             answer = update[:, candidates.answer].clone()
-            scores[block] = answer - (update.exp_() @ probabilities[slot]).log()
+            scores[block] = answer - (update.exp_() @ probabilities[sublayer_index]).log()
     return scores
 
 

@@ -259,7 +259,7 @@ def rerun(shape: Shape, tokens: int, variants: int = 10) -> Work:
 class _Unit:
     """What of a model one unit holds."""
 
-    slots: int
+    sublayer_indices: int
     vectors: int
     candidates: int
 
@@ -271,17 +271,17 @@ def _unit(shape: Shape, unit: str, tokens: int) -> _Unit:
     return {"ffn": ffn, "attention": attention, "neuron": both}[unit]
 
 
-def _states(shape: Shape, slots: int) -> Work:
+def _states(shape: Shape, sublayer_indices: int) -> Work:
     """bs(x) of every sublayer, in float64."""
-    return Work(0, 0, slots, (_exact(shape, slots),))
+    return Work(0, 0, sublayer_indices, (_exact(shape, sublayer_indices),))
 
 
-def _bounds(shape: Shape, slots: int, vectors: int, candidates: int) -> Work:
-    """A pull-back through the unembedding for each slot, in float32, and a dot product for each vector."""
+def _bounds(shape: Shape, sublayer_indices: int, vectors: int, candidates: int) -> Work:
+    """A pull-back through the unembedding for each sublayer, in float32, and a dot product for each vector."""
     pulled = Phase(
         "pull-back",
-        singles=2 * shape.unembedding * slots,
-        bytes=shape.bytes * shape.unembedding + 3 * DOUBLE * shape.vocabulary * slots,
+        singles=2 * shape.unembedding * sublayer_indices,
+        bytes=shape.bytes * shape.unembedding + 3 * DOUBLE * shape.vocabulary * sublayer_indices,
     )
     # A candidate's coefficient, places, bound and margin are read or written a dozen times.
     scanned = Phase(
@@ -289,7 +289,7 @@ def _bounds(shape: Shape, slots: int, vectors: int, candidates: int) -> Work:
         singles=2 * shape.width * vectors,
         bytes=shape.bytes * shape.width * vectors + 12 * DOUBLE * candidates,
     )
-    return Work(0, 0, slots, (pulled, scanned))
+    return Work(0, 0, sublayer_indices, (pulled, scanned))
 
 
 def _scores(shape: Shape, unit: _Unit, number: float, *, first_order: bool = True) -> Work:
@@ -310,7 +310,7 @@ def _search_memory(shape: Shape, unit: _Unit, scored: float) -> float:
     if shape.keeps_logits(unit.vectors):
         kept += DOUBLE * shape.vocabulary * unit.vectors
     of_candidates = 8 * DOUBLE * unit.candidates
-    states = DOUBLE * shape.vocabulary * unit.slots
+    states = DOUBLE * shape.vocabulary * unit.sublayer_indices
     # p, its negative and its copy in float32; or of each scored candidate its update, p(t|x) and what they sum to.
     working = max(2.5 * states, 4 * DOUBLE * shape.vocabulary * min(scored, max(1, BLOCK_NUMBERS // shape.vocabulary)))
     norms = (shape.bytes + 2 * DOUBLE) * shape.width * max(shape.ffn, shape.heads * shape.head_dim)
@@ -332,8 +332,8 @@ def certified(
     """
     held, number = _unit(shape, unit, tokens), k + SPARE if scored is None else scored
     each = (
-        _states(shape, held.slots)
-        + _bounds(shape, held.slots, held.vectors, held.candidates)
+        _states(shape, held.sublayer_indices)
+        + _bounds(shape, held.sublayer_indices, held.vectors, held.candidates)
         + _scores(shape, held, number)
         + Work(0, 0, 0, (), memory=_search_memory(shape, held, number), questions=1)
     )
@@ -344,7 +344,7 @@ def every_neuron(shape: Shape, tokens: int, unit: str = "ffn", *, prompts: int =
     """Exact scores of every candidate of a unit, in blocks."""
     held = _unit(shape, unit, tokens)
     each = (
-        _states(shape, held.slots)
+        _states(shape, held.sublayer_indices)
         + _scores(shape, held, held.candidates)
         + Work(0, 0, 0, (), memory=_search_memory(shape, held, held.candidates), questions=1)
     )
@@ -389,11 +389,11 @@ def table_2(
         prompts: How many prompts.
     """
     held, found = _unit(shape, "ffn", tokens), scored or {}
-    each = _states(shape, held.slots)
+    each = _states(shape, held.sublayer_indices)
     # Both increases rest on one bound; log p(w|mv) is an increase over one uniform distribution for all layers; a rank
     # has a bound that is looked up.
-    for slots in (held.slots, 1):
-        each += _bounds(shape, slots, held.vectors, held.candidates)
+    for sublayer_indices in (held.sublayer_indices, 1):
+        each += _bounds(shape, sublayer_indices, held.vectors, held.candidates)
     for name in ("log_prob_increase", "log_prob", "prob_increase", "reciprocal_rank", "coefficient_by_rank"):
         each += _scores(shape, held, found.get(name, k + SPARE), first_order=False)
     each += Work(0, 0, 0, (), memory=_search_memory(shape, held, k + SPARE), questions=8)
@@ -414,7 +414,9 @@ def table_13(
     each = Work(0, 0, 0, ())
     for unit, k in (("attention", attention), ("ffn", ffn)):
         held, number = _unit(shape, unit, tokens), (scored or {}).get(unit, k + SPARE)
-        each += _states(shape, held.slots) + _bounds(shape, held.slots, held.vectors, held.candidates)
+        each += _states(shape, held.sublayer_indices) + _bounds(
+            shape, held.sublayer_indices, held.vectors, held.candidates
+        )
         each += _scores(shape, held, number, first_order=False)
         each += Work(0, 0, 0, (), memory=_search_memory(shape, held, number), questions=1)
     return traced_forward(shape, tokens, prompts) + each.times(prompts) + rerun(shape, tokens, prompts).times(2)

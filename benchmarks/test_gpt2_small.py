@@ -229,8 +229,8 @@ def _published_top(scores: dict[str, Tensor], kinds: Sequence[str]) -> dict[Any,
     found: dict[Any, float] = {}
     for kind in kinds:
         best = scores[kind].flatten().topk(K)
-        places = torch.stack(torch.unravel_index(best.indices, scores[kind].shape), 1).tolist()
-        found |= {RECORDS[kind](*place): value for place, value in zip(places, best.values.tolist(), strict=True)}
+        indices = torch.stack(torch.unravel_index(best.indices, scores[kind].shape), 1).tolist()
+        found |= {RECORDS[kind](*place): value for place, value in zip(indices, best.values.tolist(), strict=True)}
     return dict(sorted(found.items(), key=lambda item: -item[1])[:K])
 
 

@@ -126,7 +126,7 @@ class Desk:
             shutil.copytree(entry_of("bundled:gpt2").folder, folder / "models" / "mine")
             return folder
         for path in (path for each in CLONE for path in ROOT.glob(each)):
-            # Runs write baselines; all else is only read.
+            # Runs store what they measure; all else is only read.
             copy = shutil.copytree if path.name == ".attribution" else os.symlink if path.is_dir() else shutil.copy2
             copy(path, folder / path.name)
         return folder
@@ -188,7 +188,7 @@ class Desk:
 
     @cached_property
     def bundled(self) -> str:
-        """The table of `pytest -m bundled` without running it: the stored baseline has the claims about methods, and
+        """The table of `pytest -m bundled` without running it: the stored run has the claims about methods, and
         the registry how many claims do not hold. The rest, as many as there are tests, is supported.
         """
         rows, recorded = [], Counter[str]()

@@ -95,7 +95,7 @@ SHORTENED = {
     # Sixty prompts decide little, and the page says so.
     'pytest -m bundled --max-prompts=60 -k "top_10_hurts and coefficient-logp"': Run("test_faithfulness", status=1),
     'pytest test_attribution -k "qwen3"': Run("--collect-only -q --ignore-glob=*/test_[a-o]*"),
-    # A baseline that is new is red; the claims of it are not.
+    # A stored run that is new is red; the claims of it are not.
     "pytest test_faithfulness --attribution-save=main": Run(f"--model=bundled:gpt2 {_DECOMPOSITION}", status=1),
     "pytest test_faithfulness --attribution-compare=main": Run(f"--model=bundled:gpt2 {_DECOMPOSITION}"),
     "python -m attribution baselines rates main": Run("--samples 2"),

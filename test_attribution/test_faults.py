@@ -123,17 +123,17 @@ def test_the_table_of_methods_sees_a_patch() -> None:
 
 
 def test_original_takes_other_arguments_in_the_place_of_given_ones_and_defaults() -> None:
-    def other(original: Any, size: float, extremes: str) -> Any:
-        return size, extremes, original(extremes="share", size=4)[0][0].tolist()
+    def other(original: Any, size: float, effect_bounds: str) -> Any:
+        return size, effect_bounds, original(effect_bounds="share", size=4)[0][0].tolist()
 
     numbers = np.ones(3)
     with applied(changes.Patch("_extreme_facts", other)):
-        assert judge._extreme_facts(numbers, numbers, size=2, extremes="seen") == (2, "seen", 0.0)
+        assert judge._extreme_facts(numbers, numbers, size=2, effect_bounds="seen") == (2, "seen", 0.0)
 
 
 def test_a_patch_is_given_the_defaults_of_arguments_that_were_left_out() -> None:
-    def defaults(original: Any, extremes: str, size: float) -> Any:
-        return extremes, size
+    def defaults(original: Any, effect_bounds: str, size: float) -> Any:
+        return effect_bounds, size
 
     with applied(changes.Patch("interval", defaults)):
         assert judge.interval([], [], 0.9) == ("seen", 1)  # type: ignore[arg-type]

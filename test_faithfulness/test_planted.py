@@ -56,7 +56,7 @@ def test_what_was_planted_to_write_the_answer_is_ranked_first(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=COMPARISONS,
-        extremes="share",
+        effect_bounds="share",
         family="planted",
     )
     effects = planted.ranked_first(bench, method, kind, STRENGTHS)
@@ -80,7 +80,7 @@ def test_both_ends_of_a_planted_chain_are_ranked_first(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=COMPARISONS,
-        extremes="share",
+        effect_bounds="share",
         family="planted",
     )
     effects = planted.both_ends_ranked_first(bench, method, STRENGTHS)
@@ -143,7 +143,7 @@ def test_how_a_method_loses_what_was_planted_as_it_grows_weaker(
         control="a second neuron, planted just as loud, that writes another word; and strength 0",
         method=method,
         comparisons=1 + len(BASELINES),
-        extremes="share",
+        effect_bounds="share",
         asserted=False,
     )
     effects = planted.ranked_first_over_strengths(bench, method, kind, STRENGTHS)
@@ -167,7 +167,7 @@ def test_how_a_baseline_loses_what_was_planted_as_it_grows_weaker(
         control="a second neuron, planted just as loud, that writes another word; and strength 0",
         method=method,
         comparisons=1 + len(BASELINES),
-        extremes="share",
+        effect_bounds="share",
         asserted=False,
     )
     effects = planted.ranked_first_over_strengths(bench, baseline, kind, STRENGTHS)

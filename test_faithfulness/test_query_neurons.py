@@ -112,7 +112,7 @@ def test_what_query_neurons_take_beside_the_papers(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(PAPER_CUTS),
-        extremes="fall",
+        effect_bounds="fall",
         asserted=False,
     )
     note = f"the paper's 1,000 query neurons cut {least:.0%} to {most:.0%}"
@@ -140,7 +140,7 @@ def test_zeroing_as_many_random_ffn_neurons_has_no_effect(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(SEEDS) * len(PAPER_CUTS),
-        extremes="fall",
+        effect_bounds="fall",
         family="equivalence",
     )
     effects = query_neurons.fall_without_random_ffn_neurons(bench, metric, seed=seed)

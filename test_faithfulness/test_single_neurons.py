@@ -42,7 +42,7 @@ def test_importance_predicts_the_total_effect_of_single_neurons(
         control="random scores on the same sample, reported as a claim of their own",
         min_prompts=MIN_PROMPTS,
         method=method,
-        extremes="correlation",
+        effect_bounds="correlation",
         family="prediction",
     )
     effects = single_neurons.correlations(bench, method, "total", scored_by=method)
@@ -65,7 +65,7 @@ def test_importance_beside_the_direct_effect_of_single_neurons(
         control="random scores on the same sample, reported as a claim of their own",
         min_prompts=MIN_PROMPTS,
         method=method,
-        extremes="correlation",
+        effect_bounds="correlation",
         asserted=False,
         family="prediction",
     )
@@ -92,7 +92,7 @@ def test_other_scores_beside_the_total_effect_of_single_neurons(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(single_neurons.COMPARED),
-        extremes="correlation",
+        effect_bounds="correlation",
         asserted=False,
         family="prediction",
     )
@@ -118,7 +118,7 @@ def test_later_layers_make_up_for_a_part_of_the_top_10(
         control="below one half where later layers carry the loss on",
         min_prompts=MIN_PROMPTS,
         method=method,
-        extremes="share",
+        effect_bounds="share",
         asserted=False,
     )
     effects = single_neurons.repaired(bench, method, k=K)

@@ -90,7 +90,7 @@ def test_zeroing_a_facts_neurons_leaves_unrelated_facts_alone(
         min_prompts=MIN_PAIRED,
         method=method,
         comparisons=len(VALUE_SETS),
-        extremes="fall",
+        effect_bounds="fall",
         family="specificity",
     )
     effects = specificity.fall_of_unrelated_facts(bench, method, chosen, "mrr")

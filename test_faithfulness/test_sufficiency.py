@@ -77,7 +77,7 @@ def test_what_each_share_of_the_neurons_keeps(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(KEPT_METRICS),
-        extremes="left",
+        effect_bounds="left",
         asserted=False,
     )
     effects = sufficiency.share_left(bench, method, metric, shares=SHARES)

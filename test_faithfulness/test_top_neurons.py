@@ -132,7 +132,7 @@ def test_kinds_of_ablation_order_the_methods_alike(
         control="0 for orders that have nothing to do with each other",
         method=method,
         comparisons=len(OTHER_KINDS),
-        extremes="correlation",
+        effect_bounds="correlation",
         asserted=False,
     )
     effects = top_neurons.agreement_of_kinds(bench, method, kind, k=K)
@@ -158,7 +158,7 @@ def test_top_10_beside_those_of_methods_with_backward_passes(
         control=f"the same prompts with the top {K} by {rival}",
         method=method,
         comparisons=len(RIVALS),
-        extremes="share",
+        effect_bounds="share",
         asserted=False,
     )
     effects = top_neurons.lead_over_rival(bench, method, rival, k=K)

@@ -59,7 +59,7 @@ def test_zeroing_value_neurons_removes_the_answer(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(CUTS),
-        extremes="fall",
+        effect_bounds="fall",
         family="deletion",
     )
     effects = value_neurons.fall_without_value_neurons(bench, method, metric)
@@ -88,7 +88,7 @@ def test_what_value_neurons_take_by_other_kinds_of_ablation(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(CUTS),
-        extremes="fall",
+        effect_bounds="fall",
         asserted=False,
         family="deletion",
     )
@@ -117,7 +117,7 @@ def test_zeroing_as_many_random_neurons_has_no_effect(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(SEEDS) * len(CUTS),
-        extremes="fall",
+        effect_bounds="fall",
         family="equivalence",
     )
     effects = value_neurons.fall_without_random_neurons(bench, method, metric, seed=seed)
@@ -145,7 +145,7 @@ def test_zeroing_as_many_neurons_of_matched_layer_and_norm(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(CUTS),
-        extremes="fall",
+        effect_bounds="fall",
         asserted=False,
     )
     effects = value_neurons.fall_without_matched_neurons(bench, method, metric)
@@ -173,7 +173,7 @@ def test_zeroing_value_neurons_takes_more_than_zeroing_matched_ones(
         min_prompts=MIN_PROMPTS,
         method=method,
         comparisons=len(CUTS),
-        extremes="fall",
+        effect_bounds="fall",
         family="deletion",
     )
     effects = value_neurons.lead_over_matched_neurons(bench, method, metric)

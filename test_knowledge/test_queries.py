@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from attribution.claims.about_methods.query_neurons import query_budget
-from attribution.claims.about_models import curves, waking
+from attribution.claims.about_models import curves, query_side
 from attribution.claims.about_models.survey import survey
 from attribution.claims.bench import Workbench
 from attribution.claims.exhibits import Exhibit
@@ -35,8 +35,8 @@ def test_attention_value_neurons_are_woken_by_lower_layers_than_ffn_ones(
     assert_claim: Callable[[Verdict], None],
     attribution_exhibit: Show,
 ) -> None:
-    attribution_exhibit(attribution_bench, waking.query_layers_of_ffn_neurons)
-    attribution_exhibit(attribution_bench, waking.query_layers_of_attention_neurons)
+    attribution_exhibit(attribution_bench, query_side.query_layers_of_ffn_neurons)
+    attribution_exhibit(attribution_bench, query_side.query_layers_of_attention_neurons)
     bench = attribution_bench
     number = survey(bench).top_layers
     claim = Claim(
@@ -52,7 +52,7 @@ def test_attention_value_neurons_are_woken_by_lower_layers_than_ffn_ones(
         family="query layers",
         gated=False,
     )
-    effects = waking.how_much_deeper_ffn_neurons_read(bench)
+    effects = query_side.how_much_deeper_ffn_neurons_read(bench)
     assert_claim(bench.verdict(claim, effects))
 
 
@@ -61,7 +61,7 @@ def test_query_neurons_that_are_no_value_neurons_lie_below_those_that_are(
     assert_claim: Callable[[Verdict], None],
     attribution_exhibit: Show,
 ) -> None:
-    attribution_exhibit(attribution_bench, waking.query_and_value_neurons)
+    attribution_exhibit(attribution_bench, query_side.query_and_value_neurons)
     bench = attribution_bench
     number = query_budget(bench)
     claim = Claim(
@@ -77,7 +77,7 @@ def test_query_neurons_that_are_no_value_neurons_lie_below_those_that_are(
         family="query neurons",
         gated=False,
     )
-    effects = waking.how_much_deeper_value_neurons_are(bench)
+    effects = query_side.how_much_deeper_value_neurons_are(bench)
     assert_claim(bench.verdict(claim, effects))
 
 
@@ -104,7 +104,7 @@ def test_a_piece_of_the_curve_is_nearly_a_line(
         control=f"the {names[other]} over the same segments",
         min_prompts=MIN_PROMPTS,
         comparisons=len(curves.PIECES),
-        extremes="share",
+        effect_bounds="share",
         family="curves",
         gated=False,
     )

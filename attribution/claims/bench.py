@@ -119,14 +119,14 @@ class Workbench:
         return cast(T, self._results[key])
 
     def ranked(
-        self, methods: Sequence[str], k: Mapping[Unit, int], *, places: Sequence[int], seed: int | None = None
+        self, methods: Sequence[str], k: Mapping[Unit, int], *, indices: Sequence[int], seed: int | None = None
     ) -> list[dict[str, dict[Unit, Ranking]]]:
         """Return the best of each prompt by method and unit; no claim's search is run again for a claim that asks less.
 
         Args:
             methods: Registered methods; all that have to be run share one trace per batch.
             k: How many of each unit.
-            places: Which of :attr:`prompts`.
+            indices: Which of :attr:`prompts`.
             seed: Seed of random draws; the bench's own when ``None``.
         """
         seed = self.seed if seed is None else seed
@@ -139,7 +139,7 @@ class Workbench:
         missing: set[int] = set()
         for method in methods:
             for unit, number in k.items():
-                shallow = [place for place in places if lacks(method, unit, place)]
+                shallow = [place for place in indices if lacks(method, unit, place)]
                 if shallow:
                     wanted.setdefault(method, {})[unit] = number
                     missing.update(shallow)
@@ -161,13 +161,13 @@ class Workbench:
                 method: {unit: self._rankings[method, unit, seed, place].first(number) for unit, number in k.items()}
                 for method in methods
             }
-            for place in places
+            for place in indices
         ]
 
-    def rankings(self, method: str, unit: str, k: int, *, places: Sequence[int]) -> list[Ranking]:
+    def rankings(self, method: str, unit: str, k: int, *, indices: Sequence[int]) -> list[Ranking]:
         """Return the best of each prompt as rankings without first-order terms, see :meth:`ranked`."""
         chosen = unit_named(unit)
-        return [each[method][chosen] for each in self.ranked((method,), {chosen: k}, places=places)]
+        return [each[method][chosen] for each in self.ranked((method,), {chosen: k}, indices=indices)]
 
     def frames(
         self,
@@ -193,18 +193,18 @@ class Workbench:
             Method to its frame; for each k, one row per prompt in the order of :attr:`prompts`.
         """
         seed = self.seed if seed is None else seed
-        places = self.sample.subset(len(self.prompts) if number is None else number)
-        if not places:
+        indices = self.sample.subset(len(self.prompts) if number is None else number)
+        if not indices:
             # Nothing to measure: the judge then says that there are too few prompts.
             columns = ["k", "fact", *(f"{metric}_{when}" for metric in METRICS for when in ("before", "after"))]
             return {name: pd.DataFrame(columns=columns, dtype=float) for name in methods}
         budgets = budgets_of(list(k) if isinstance(k, tuple) else k, "ffn")
-        key = (tuple(tuple(sorted(budget.items())) for budget in budgets), seed, len(places))
+        key = (tuple(tuple(sorted(budget.items())) for budget in budgets), seed, len(indices))
         missing = [name for name in dict.fromkeys(methods) if (name, kind, key) not in self._frames]
         if missing:
             design = Design.of(missing, budgets, list(dict.fromkeys((kind, *together))), seed=seed, steps=STEPS)
-            questions = [self.sample.questions[place] for place in places]
-            ranked = self.ranked(missing, design.largest, places=places, seed=seed)
+            questions = [self.sample.questions[place] for place in indices]
+            ranked = self.ranked(missing, design.largest, indices=indices, seed=seed)
             measured = run_design(
                 self.model,
                 questions,
@@ -216,7 +216,7 @@ class Workbench:
                 ],
                 progress=Progress(f"{self.model.name} {', '.join(missing)}", self.progress),
             )
-            frame = table_of([self.prompts[place] for place in places], design, measured)
+            frame = table_of([self.prompts[place] for place in indices], design, measured)
             for (name, of_kind), rows in frame.groupby(["method", "kind"], sort=False):
                 self._frames[name, of_kind, key] = rows.reset_index(drop=True)
         return {name: self._frames[name, kind, key] for name in methods}
@@ -233,7 +233,7 @@ class Workbench:
         effects: Sequence[float] | npt.NDArray[np.float64] | pd.Series,
         *,
         baselines: Sequence[float] | npt.NDArray[np.float64] | pd.Series | None = None,
-        places: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
         seed: int | None = None,
         note: str = "",
     ) -> Verdict:
@@ -243,11 +243,11 @@ class Workbench:
             claim: The claim.
             effects: One number per prompt.
             baselines: What the effects are relative to.
-            places: Which of :attr:`prompts` were measured; all when ``None``.
+            indices: Which of :attr:`prompts` were measured; all when ``None``.
             seed: Seed of the measurement's random draws, to be reported.
             note: What the table says beside the verdict, such as what the measurement cost.
         """
-        prompts = self.prompts if places is None else [self.prompts[place] for place in places]
+        prompts = self.prompts if indices is None else [self.prompts[place] for place in indices]
         verdict = judge(
             claim,
             model=self.model.name,
@@ -271,7 +271,7 @@ class Workbench:
         """
         if isinstance(measured, NotApplicable):
             unasked = replace(claim, asserted=False, gated=False)
-            return self.judge(unasked, [], places=[], note=f"not applicable: {measured.reason}")
+            return self.judge(unasked, [], indices=[], note=f"not applicable: {measured.reason}")
         if isinstance(measured, Exact):
             exact = judge_exact(
                 claim, model=self.model.name, effect=measured.value, n=measured.prompts, facts=measured.facts
@@ -281,7 +281,7 @@ class Workbench:
             claim,
             measured.values,
             baselines=measured.baselines,
-            places=measured.places,
+            indices=measured.indices,
             seed=measured.seed,
             note=measured.note,
         )

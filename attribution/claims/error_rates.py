@@ -130,12 +130,12 @@ def _false_worlds(
     shifted = _World(numerators - shift * denominators, denominators, equal)
     if pulls.min() < 0 < pulls.max():
         yield "tilted", _World(numerators, denominators, _tilted(pulls))
-    if claim.extremes == "seen":
+    if claim.effect_bounds == "seen":
         yield "shifted", shifted
         if claim.test == "above" and claim.threshold == 0:
             yield "swapped", _World(numerators, denominators, equal, swapped=True)
         return
-    ends = [(size * numerator, size * denominator) for numerator, denominator in EXTREMES[claim.extremes]]
+    ends = [(size * numerator, size * denominator) for numerator, denominator in EXTREMES[claim.effect_bounds]]
     least, most = (numerator - edge * denominator for numerator, denominator in ends)
     moved = shifted.numerators - edge * denominators
     if moved.min() >= least and moved.max() <= most:
@@ -173,7 +173,7 @@ def _supported(claim: Claim, world: _World, size: float, facts: int, samples: in
     if world.swapped:
         numerators = numerators * rng.choice([-1.0, 1.0], size=drawn.shape)
     # Both methods have to support it. The bootstrap takes far longer, so it is asked only where the other one does.
-    ends = with_one_more(numerators, denominators, claim.confidence, claim.extremes, size, resamples=RESAMPLES)
+    ends = with_one_more(numerators, denominators, claim.confidence, claim.effect_bounds, size, resamples=RESAMPLES)
     supported = _decided(claim, *ends)
     if supported.any():
         left = numerators[supported], denominators[supported]

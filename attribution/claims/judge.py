@@ -84,15 +84,15 @@ class Claim:
         method: The attribution method that the claim is about; empty if it is about a model or the instrument.
         comparisons: How many claims of one family are judged together, this one included. The interval is widened so
             that the chance that any false claim of the family is supported stays what it is for one (Bonferroni).
-        extremes: How bad and how good a prompt that was not drawn may be: ``"fall"`` of a metric between 0 and 1, with
-            its start as baseline, or of the difference of two such falls; ``"share"`` between 0 and 1; what is
+        effect_bounds: How bad and how good a prompt that was not drawn may be: ``"fall"`` of a metric between 0 and 1,
+            with its start as baseline, or of the difference of two such falls; ``"share"`` between 0 and 1; what is
             ``"left"`` of a metric, with its start as baseline; ``"correlation"`` between -1 and 1; or, of effects
             without such limits and of two arms that are the same if the claim is false, as bad and as good as any
             that was ``"seen"``.
         asserted: Whether a test fails unless the claim is supported; the others are measured and reported.
         family: The family, of :data:`attribution.models.registry.FAMILIES`, by which the registry says whether the
             claim is asserted on a model; one without a family is asserted on every model.
-        gated: Whether the claim belongs to the baseline that a change is compared with.
+        gated: Whether the claim belongs to the stored run that a change is compared with.
         version: Raised whenever what is measured changes although no other field does.
     """
 
@@ -106,7 +106,7 @@ class Claim:
     min_prompts: int = 0
     method: str = ""
     comparisons: int = 1
-    extremes: Extremes = "seen"
+    effect_bounds: Extremes = "seen"
     asserted: bool = True
     family: str = ""
     gated: bool = True
@@ -194,7 +194,7 @@ def interval(
     numerators: npt.NDArray[np.float64],
     denominators: npt.NDArray[np.float64],
     confidence: float,
-    extremes: Extremes = "seen",
+    effect_bounds: Extremes = "seen",
     size: float = 1,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the ends of an interval of sum(numerators) / sum(denominators): the wider ones of two methods.
@@ -203,14 +203,14 @@ def interval(
         numerators: One sum for each fact, (..., facts).
         denominators: The same, (..., facts).
         confidence: Level of the two-sided interval, 0 to 1.
-        extremes: How bad and how good a fact that was not drawn may be, see :class:`Claim`.
+        effect_bounds: How bad and how good a fact that was not drawn may be, see :class:`Claim`.
         size: Prompts of the largest fact.
 
     Returns:
         Lower and upper ends, (...,) each.
     """
     low, high = bootstrap(numerators, denominators, confidence)
-    lower, higher = with_one_more(numerators, denominators, confidence, extremes, size)
+    lower, higher = with_one_more(numerators, denominators, confidence, effect_bounds, size)
     return np.minimum(low, lower), np.maximum(high, higher)
 
 
@@ -261,7 +261,7 @@ def with_one_more(
     numerators: npt.NDArray[np.float64],
     denominators: npt.NDArray[np.float64],
     confidence: float,
-    extremes: Extremes = "seen",
+    effect_bounds: Extremes = "seen",
     size: float = 1,
     *,
     resamples: int | None = None,
@@ -283,7 +283,7 @@ def with_one_more(
     drawn, one_more = weights[:, :-1].T, weights[:, -1]
     above, below = numerators @ drawn, denominators @ drawn
     ends = []
-    for side, (numerator, denominator) in enumerate(_extreme_facts(numerators, denominators, extremes, size)):
+    for side, (numerator, denominator) in enumerate(_extreme_facts(numerators, denominators, effect_bounds, size)):
         ratios = (above + numerator[..., None] * one_more) / (below + denominator[..., None] * one_more)
         # The order statistic on the safe side.
         place = math.floor((1 - confidence) / 2 * (resamples - 1))
@@ -296,18 +296,18 @@ def with_one_more(
 
 
 def _extreme_facts(
-    numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64], extremes: Extremes, size: float
+    numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64], effect_bounds: Extremes, size: float
 ) -> tuple[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]], ...]:
     """Return numerator and denominator of the worst fact there can be, and of the best, (...,) each."""
-    if extremes != "seen":
+    if effect_bounds != "seen":
         shape = numerators.shape[:-1]
-        worst, best = ((np.full(shape, size * a), np.full(shape, size * b)) for a, b in EXTREMES[extremes])
+        worst, best = ((np.full(shape, size * a), np.full(shape, size * b)) for a, b in EXTREMES[effect_bounds])
         return worst, best
     effect = numerators.sum(-1, keepdims=True) / denominators.sum(-1, keepdims=True)
     pulls = numerators - effect * denominators
     found = []
-    for places in (pulls.argmin(-1, keepdims=True), pulls.argmax(-1, keepdims=True)):
-        found.append(tuple(np.take_along_axis(each, places, -1)[..., 0] for each in (numerators, denominators)))
+    for indices in (pulls.argmin(-1, keepdims=True), pulls.argmax(-1, keepdims=True)):
+        found.append(tuple(np.take_along_axis(each, indices, -1)[..., 0] for each in (numerators, denominators)))
     return (found[0][0], found[0][1]), (found[1][0], found[1][1])
 
 
@@ -393,7 +393,7 @@ def judge(
     numerators, denominators = (np.bincount(cluster, part).astype(np.float64) for part in (values, weights))
     effect = float(numerators.sum() / denominators.sum())
     size = float(np.bincount(cluster).max())
-    low, high = (float(end) for end in interval(numerators, denominators, claim.confidence, claim.extremes, size))
+    low, high = (float(end) for end in interval(numerators, denominators, claim.confidence, claim.effect_bounds, size))
     status = Status.INCONCLUSIVE if len(values) < claim.min_prompts else decide(claim, low, high)
     needed = _needed(claim, effect, low, high, len(values)) if status is Status.INCONCLUSIVE else None
     return Verdict(claim, model, status, effect, low, high, len(values), len(names), seed, needed, evidence)

@@ -22,14 +22,14 @@ class Effects:
     Attributes:
         values: The effect on each prompt.
         baselines: What the effects are relative to, if the claim is about a ratio of two means.
-        places: Which of the bench's prompts were measured; all when ``None``.
+        indices: Which of the bench's prompts were measured; all when ``None``.
         seed: Seed of the measurement's random draws, if it has any.
         note: What the table says next to the verdict, such as what the measurement cost.
     """
 
     values: Numbers
     baselines: Numbers | None = None
-    places: Sequence[int] | None = None
+    indices: Sequence[int] | None = None
     seed: int | None = None
     note: str = ""
 

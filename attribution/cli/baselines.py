@@ -1,4 +1,4 @@
-"""``baselines``: the stored runs: list them, remove some, simulate how often their claims err."""
+"""``baselines``: the stored runs. List them, remove some, simulate how often their claims err."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from attribution.errors import AttributionError
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 __all__ = ["add_command"]
 
 
 def add_command(commands: Any) -> None:
     """Add the command to the subparsers of the command line."""
-    parser = commands.add_parser("baselines", help="list the stored baselines, or remove some")
+    parser = commands.add_parser("baselines", help="list the stored runs, or remove some")
     parser.add_argument(
         "--folder", type=Path, default=Path(".attribution"), metavar="DIR", help="where they are (%(default)s)"
     )
@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
     rates.add_argument("name", metavar="NAME")
     rates.add_argument("--samples", type=int, default=400, metavar="N", help="from each false world (%(default)s)")
     rates.set_defaults(run=_simulate_rates)
-    prune = actions.add_parser("prune", help="remove baselines by name")
+    prune = actions.add_parser("prune", help="remove stored runs by name")
     prune.add_argument("names", nargs="+", metavar="NAME")
     prune.set_defaults(run=_prune_baselines)
 
@@ -35,21 +35,22 @@ def _list_baselines(options: argparse.Namespace) -> int:
 
     names = names_in(options.folder)
     if not names:
-        print(f"no baselines in {options.folder}; save one with pytest --attribution-save=NAME")
+        print(f"no stored runs in {options.folder}; store one with pytest --attribution-save=NAME")
     broken = 0
     for name in names:
         try:
-            baseline = read(options.folder, name)
+            stored_run = read(options.folder, name)
         except AttributionError as error:
             broken += 1
             print(f"{name}: {error}")
             continue
         models = ", ".join(
-            f"{model} ({facts.dtype}, {facts.device}, {facts.weights[:19]})" for model, facts in baseline.models.items()
+            f"{model} ({facts.dtype}, {facts.device}, {facts.weights[:19]})"
+            for model, facts in stored_run.models.items()
         )
         kilobytes = path_of(options.folder, name).stat().st_size / 1000
-        claims = counted(len(baseline.verdicts), "claim")
-        print(f"{name}: {claims} on {models}; made {baseline.made}; {kilobytes:,.0f} kB")
+        claims = pluralize(len(stored_run.verdicts), "claim")
+        print(f"{name}: {claims} on {models}; made {stored_run.made}; {kilobytes:,.0f} kB")
     return 1 if broken else 0
 
 

@@ -19,7 +19,7 @@ def add_command(commands: Any) -> None:
         "explain",
         help="explain one prompt: its layers, heads and neurons",
         description="Print the model's predictions, what layers, heads and neurons add to log p of an answer, what "
-        "wakes those neurons, and what zeroing them does. Scores are in nats.",
+        "activates those neurons, and what zeroing them does. Scores are in nats.",
     )
     parser.add_argument("prompt", metavar="PROMPT", help="a text that ends right before its answer")
     parser.add_argument(

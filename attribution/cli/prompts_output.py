@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attribution.errors import BadInputError
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 __all__ = ["add_output", "check_output", "print_report", "write_kept"]
 
@@ -51,4 +51,4 @@ def write_kept(out: Path | None, prompts: Any, words: Any, *, as_json: bool) -> 
     if out is not None:
         write_prompts(out, prompts, words)
         # With --json, standard output holds JSON alone.
-        print(f"wrote {counted(len(prompts), 'prompt')} to {out}", file=sys.stderr if as_json else sys.stdout)
+        print(f"wrote {pluralize(len(prompts), 'prompt')} to {out}", file=sys.stderr if as_json else sys.stdout)

@@ -27,7 +27,7 @@ from attribution.models.running import run
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import TokenBatch, chunk_by_length, pad
 from attribution.records import Component
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 __all__ = [
     "Donors",
@@ -245,8 +245,8 @@ def _resampled_logits(
     # A donor may be much longer than the batch that was planned.
     for part in chunk_by_length(lengths, model.batch_tokens):
         extra = list(dict.fromkeys(chosen[row] for row in part if chosen[row] != rows[row]))
-        places = {donor: place for place, donor in enumerate(extra, start=len(part))}
-        giver = [places.get(chosen[row], place) for place, row in enumerate(part)] + list(places.values())
+        indices = {donor: place for place, donor in enumerate(extra, start=len(part))}
+        giver = [indices.get(chosen[row], place) for place, row in enumerate(part)] + list(indices.values())
         joined = pad([*(rows[row] for row in part), *extra], device=model.device)
         masks = ablation_masks(
             [*(variants[row] for row in part), *([] for _ in extra)], model.anatomy, joined, at_source=at_source
@@ -314,8 +314,8 @@ def ablate(
             raise BadInputError(f"{variant!r} is not a collection of neurons; pass a list of records for each prompt.")
     if len(variants) != len(encoded):
         raise BadInputError(
-            f"{counted(len(encoded), 'prompt')} came with {counted(len(variants), 'collection')} of neurons; give one "
-            "each."
+            f"{pluralize(len(encoded), 'prompt')} came with {pluralize(len(variants), 'collection')} of neurons; "
+            "give one each."
         )
     others = None if reference is None else encode_all(model, reference)
     values = reference_of(model, kind, others, ablated=encoded, seed=seed)

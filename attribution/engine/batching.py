@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from attribution.engine.questions import Question
 from attribution.errors import ModelError
 from attribution.models.model import Model
-from attribution.models.running import on_site
+from attribution.models.running import run_where_weights_are
 from attribution.prompts.tokens import TokenBatch, chunk_by_length, pad
 
 __all__ = ["Kept", "Progress", "SmallerBatchWarning", "batches_of", "each_batch", "map_batches"]
@@ -74,8 +74,8 @@ def map_batches(
         model: A loaded model.
         items: What there is to do, such as questions.
         work: Called as ``work(model, batch, *shared)`` with the model as it is where the weights are and a list of
-            items; returns one result per item, in their order. See :func:`attribution.models.running.on_site` for what
-            it may return.
+            items; returns one result per item, in their order.
+            :func:`attribution.models.running.run_where_weights_are` says what it may return.
         shared: What every batch is given as well.
         lengths: How many tokens of a forward pass each item takes.
         progress: The bar; none when ``None``.
@@ -134,7 +134,7 @@ def _attempt(
 ) -> tuple[Result | None, str | None]:
     """Return what was made of a batch; or, if memory ran out, ``None`` and what the allocator says of it."""
     try:
-        return on_site(model, work, items, *shared), None
+        return run_where_weights_are(model, work, items, *shared), None
     except Exception as error:
         if not _out_of_memory(error):
             raise

@@ -27,7 +27,7 @@ IDENTITIES = {
 """Name of each identity and what it says."""
 
 # Intermediate results that are rounded when they are stored between a sublayer's terms and what enters the residual
-# stream: the mixed value or product, the projection; in the norm that may follow its scale, gain, weight and output.
+# stream: the mixed value or product, the projection; in the norm that may follow its scale, weight and output.
 _STORED = 8
 _SINGLE = torch.finfo(torch.float32).eps
 
@@ -74,16 +74,16 @@ def _bias(bias: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if bias is None else bias.double().expand_as(like)
 
 
-def _factor(gain: Tensor, fold: Tensor | None) -> Tensor:
+def _factor(post_scale: Tensor, post_weight: Tensor | None) -> Tensor:
     """What a vector is multiplied by between a projection and the residual stream, (batch, position, width or 1)."""
-    return gain.double()[..., None] * (1 if fold is None else fold.double())
+    return post_scale.double()[..., None] * (1 if post_weight is None else post_weight.double())
 
 
 def decomposition_errors(activations: Activations, anatomy: Anatomy, mask: Tensor) -> dict[str, float]:
     """Return each identity's worst error over layers and real positions.
 
-    Neurons and biases are taken as they enter the residual stream: ``coefficient * gain * fold * vector`` and
-    ``gain * fold * bias``, see :class:`~attribution.models.anatomy.Anatomy`.
+    Neurons and biases are taken as they enter the residual stream: ``coefficient * post_scale * post_weight * vector``
+    and ``post_scale * post_weight * bias``, see :class:`~attribution.models.anatomy.Anatomy`.
 
     Args:
         activations: Read with ``positions="all"``.
@@ -116,7 +116,7 @@ def decomposition_errors(activations: Activations, anatomy: Anatomy, mask: Tenso
         attention_normed = own.post_norm is not None
         attention_terms = anatomy.heads * anatomy.head_dim + mask.shape[1] + attention_normed * anatomy.width
         attention_rounding = rounding(dtype, attention_terms, normed=attention_normed)
-        factor = _factor(activations.attention_gain[layer], own.post_weight)
+        factor = _factor(activations.attention_post_scale[layer], own.post_weight)
         bias = factor * _bias(own.bias, attention)
         # A head's output, sum over source positions p and dimensions d of alpha_p val_p[d] o[d]: once through its
         # mixed value, once through each source position's vector.
@@ -130,7 +130,7 @@ def decomposition_errors(activations: Activations, anatomy: Anatomy, mask: Tenso
         ffn_normed = own.post_norm is not None
         ffn_terms = anatomy.ffn_neurons + 1 + ffn_normed * anatomy.width
         ffn_rounding = rounding(dtype, ffn_terms, normed=ffn_normed)
-        factor = _factor(activations.ffn_gain[layer], own.post_weight)
+        factor = _factor(activations.ffn_post_scale[layer], own.post_weight)
         ffn_bias = factor * _bias(own.bias, ffn)
         coefficients = activations.coefficients[layer].double()
         ffn_neurons = factor * (coefficients @ subvalues)

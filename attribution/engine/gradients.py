@@ -385,7 +385,7 @@ def _relevance(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence
         resid_pre, resid_mid = _precise(seen.resid_pre[layer]), _precise(seen.resid_mid[layer])
         at_ffn = _to_neurons(
             slope,
-            seen.ffn_gain[layer],
+            seen.ffn_post_scale[layer],
             anatomy.sublayer(layer, "ffn").post_weight,
             anatomy.sublayer(layer, "ffn").vectors,
         )
@@ -394,7 +394,7 @@ def _relevance(model: Model, batch: TokenBatch, answers: Tensor, units: Sequence
         after_attention = slope if anatomy.parallel else slope + from_ffn
         at_attention = _to_neurons(
             after_attention,
-            seen.attention_gain[layer],
+            seen.attention_post_scale[layer],
             anatomy.sublayer(layer, "attention").post_weight,
             anatomy.sublayer(layer, "attention").vectors,
         )
@@ -436,11 +436,11 @@ def _relevance_of_final(model: Model, resid_final: Tensor, batch: TokenBatch, an
     return slope
 
 
-def _to_neurons(slope: Tensor, gain: Tensor, fold: Tensor | None, vectors: Tensor) -> Tensor:
+def _to_neurons(slope: Tensor, post_scale: Tensor, post_weight: Tensor | None, vectors: Tensor) -> Tensor:
     """Pass slopes at the residual stream, (B, P, D), on to the neurons that write to it, (B, P, neurons)."""
-    written = slope * gain[..., None].to(slope.dtype)
-    if fold is not None:
-        written = written * fold.to(slope.dtype)
+    written = slope * post_scale[..., None].to(slope.dtype)
+    if post_weight is not None:
+        written = written * post_weight.to(slope.dtype)
     return _linear(written, vectors, None)
 
 

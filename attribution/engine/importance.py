@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attribution.engine.projection import before_softmax, pull_back
 from attribution.engine.trace import Activations
-from attribution.engine.vectors import VectorTable, slots_of
+from attribution.engine.vectors import VectorTable, sublayers_of
 from attribution.errors import BadInputError
 from attribution.models.anatomy import Anatomy, Readout
 from attribution.models.norms import frozen_scale
@@ -70,7 +70,8 @@ class Streams:
     """What the candidates of one prompt add to, and the distributions over tokens that follow from it.
 
     Attributes:
-        states: x of Eq. 13 per slot, (slots, width), float64: ``resid_mid`` for the FFN, ``resid_pre`` for attention.
+        states: x of Eq. 13 per sublayer, (sublayers, width), float64: ``resid_mid`` for the FFN, ``resid_pre`` for
+            attention.
         scale: s, the frozen scale, a scalar.
         readout: The final norm and unembedding.
     """
@@ -81,12 +82,12 @@ class Streams:
 
     @cached_property
     def log_probs(self) -> Tensor:
-        """Log p(t|x) of every token t, the log-softmax of bs(x) in every slot, (slots, vocabulary)."""
+        """Log p(t|x) of every token t, the log-softmax of bs(x) in every sublayer, (sublayers, vocabulary)."""
         return before_softmax(self.states, self.scale, self.readout).log_softmax(-1)
 
     @cached_property
     def probs(self) -> Tensor:
-        """p(t|x) of every token t, in every slot, (slots, vocabulary)."""
+        """p(t|x) of every token t, in every sublayer, (sublayers, vocabulary)."""
         return self.log_probs.exp()
 
 
@@ -111,16 +112,16 @@ class TracedPrompt:
 class Candidates:
     """Everything of one unit that can be ranked for one prompt and answer, in order of the records.
 
-    Candidate i adds ``coefficient[i]`` times its vector to the residual stream ``streams.states[slot[i]]`` at the last
-    position. Numbers are float64: importances are small differences of large logits.
+    Candidate i adds ``coefficient[i]`` times its vector to the residual stream ``streams.states[sublayer_index[i]]`` at
+    the last position. Numbers are float64: importances are small differences of large logits.
 
     Attributes:
         table: The vectors.
         index: (n,), place of each candidate among all ``total`` of the unit.
-        slot: (n,), its slot in the table.
-        row: (n,), its row in the slot's vectors.
+        sublayer_index: (n,), which of the table's sublayers holds it.
+        row: (n,), its row in the vectors of its sublayer.
         position: (n,), its source position; 0 for what has none.
-        coefficient: m, or alpha * val for attention neurons, times the gain of a norm that follows, (n,); 1 for
+        coefficient: m, or alpha * val for attention neurons, times the scale of a norm that follows, (n,); 1 for
             heads and layers, whose vectors are what they write.
         streams: What they add to.
         answer: w, the answer's token id.
@@ -132,7 +133,7 @@ class Candidates:
 
     table: VectorTable
     index: Tensor
-    slot: Tensor
+    sublayer_index: Tensor
     row: Tensor
     position: Tensor
     coefficient: Tensor
@@ -147,7 +148,7 @@ class Candidates:
 
     def take(self, index: Tensor) -> Candidates:
         """Return the candidates at ``index``, in that order."""
-        names = ("index", "slot", "row", "position", "coefficient")
+        names = ("index", "sublayer_index", "row", "position", "coefficient")
         return replace(
             self,
             **{name: getattr(self, name)[index] for name in names},
@@ -161,22 +162,22 @@ class Candidates:
 
     @property
     def log_probs(self) -> Tensor:
-        """Log p(t|x) of every token t, in every slot, (slots, vocabulary)."""
+        """Log p(t|x) of every token t, in every sublayer, (sublayers, vocabulary)."""
         return self.streams.log_probs
 
     @property
     def probs(self) -> Tensor:
-        """p(t|x) of every token t, in every slot, (slots, vocabulary)."""
+        """p(t|x) of every token t, in every sublayer, (sublayers, vocabulary)."""
         return self.streams.probs
 
-    def places_of(self, records: Sequence[Component]) -> Tensor:
+    def indices_of(self, records: Sequence[Component]) -> Tensor:
         """Return the index of each record among all candidates of the unit, (n,); all must be there.
 
         Raises:
             BadInputError: If a record is not of the unit, or lies outside the model or the prompt.
         """
         depth = int(self.position.max()) + 1 if len(self) else 1
-        places = []
+        indices = []
         for record in records:
             place = self.table.place_of(record, depth)
             if place is None:
@@ -184,26 +185,26 @@ class Candidates:
                     f"{record!r} is not among the {len(self)} candidates of unit {self.table.unit!r} for this prompt; "
                     "pass records of the model's neurons, with positions inside the prompt."
                 )
-            places.append(place)
-        return torch.tensor(places, dtype=torch.long, device=self.index.device)
+            indices.append(place)
+        return torch.tensor(indices, dtype=torch.long, device=self.index.device)
 
     def records(self, index: Tensor) -> list[Component]:
         """Return the records of the candidates at ``index``, in that order."""
-        columns = (each[index].tolist() for each in (self.slot, self.row, self.position))
+        columns = (each[index].tolist() for each in (self.sublayer_index, self.row, self.position))
         return [self.table.record(*place) for place in zip(*columns, strict=True)]
 
     @cached_property
     def update(self) -> Tensor:
         """bs(v) of what each candidate writes, (n, vocabulary)."""
-        return self.table.unscaled_logits(self.slot, self.row).mul_((self.coefficient / self.scale)[:, None])
+        return self.table.unscaled_logits(self.sublayer_index, self.row).mul_((self.coefficient / self.scale)[:, None])
 
     @cached_property
     def _vector(self) -> Tensor:
-        """Place of each candidate's vector among the rows of all slots, (n,)."""
-        return self.table.offsets[self.slot] + self.row
+        """Place of each candidate's vector among the rows of all sublayers, (n,)."""
+        return self.table.offsets[self.sublayer_index] + self.row
 
     def of_vector(self, per_vector: Tensor) -> Tensor:
-        """Return each candidate's entry of a table over the rows of all slots, (n,)."""
+        """Return each candidate's entry of a table over the rows of all sublayers, (n,)."""
         return per_vector[self._vector]
 
     @cached_property
@@ -214,7 +215,7 @@ class Candidates:
 
     @cached_property
     def increase_bound(self) -> Tensor:
-        """:func:`first_order_bound` over the distribution of each slot, (n,): several methods rest on it."""
+        """:func:`first_order_bound` over the distribution of each sublayer, (n,): several methods rest on it."""
         return first_order_bound(self, self.log_probs)
 
     @cached_property
@@ -233,7 +234,7 @@ class Candidates:
 def first_order_bound(candidates: Candidates, log_probs: Tensor) -> Tensor:
     """Return an upper bound on the importance: :func:`first_order` of every candidate, and a margin for rounding.
 
-    ``<e_w - p, bs(v)> = <g, v>`` with g the pull-back of e_w - p: one matrix-vector product per slot instead of one
+    ``<e_w - p, bs(v)> = <g, v>`` with g the pull-back of e_w - p: one matrix-vector product per sublayer instead of one
     over the vocabulary per candidate. It is computed in float32. The margin takes rounding errors as independent,
     so that a sum of n terms errs by about sqrt(n) eps times the sum of their sizes (Higham & Mary 2019); the sums
     run over the vocabulary, where the sizes sum to |e_w - p|_1 times the reach, and over the width. The factor 4 is
@@ -241,7 +242,7 @@ def first_order_bound(candidates: Candidates, log_probs: Tensor) -> Tensor:
 
     Args:
         candidates: What is bounded.
-        log_probs: log p(t|x) per slot, (slots, vocabulary), or the same for all, (1, vocabulary).
+        log_probs: log p(t|x) per sublayer, (sublayers, vocabulary), or the same for all, (1, vocabulary).
 
     Returns:
         (n,), in nats; never below :func:`log_prob_increase`.
@@ -259,7 +260,7 @@ def first_order_bound(candidates: Candidates, log_probs: Tensor) -> Tensor:
         slopes.append(vectors.to(dtype) @ (slope if weight is None else slope * weight.to(dtype)))
     value: Tensor = candidates.coefficient * candidates.of_vector(torch.cat(slopes).double())
     terms = sum(size**0.5 for size in table.readout.unembedding.shape)
-    margin: Tensor = 4 * terms * torch.finfo(dtype).eps * mass.expand(len(table.vectors))[candidates.slot]
+    margin: Tensor = 4 * terms * torch.finfo(dtype).eps * mass.expand(len(table.vectors))[candidates.sublayer_index]
     return value + margin * candidates.reach
 
 
@@ -280,7 +281,7 @@ def candidates_of(
         table: The vectors of a neuron unit; ``None`` for heads and layers, whose vectors depend on the prompt.
         answer: The answer's token id.
         seed: Seed for methods that draw random numbers.
-        effects: By the name of a backward pass, what it says per slot, (rows, positions) or (rows, 1) each.
+        effects: By the name of a backward pass, what it says per sublayer, (rows, positions) or (rows, 1) each.
     """
     seen, row = prompt.activations, prompt.row
     # 1. What each candidate multiplies its vector by, with the scale of a norm that follows.
@@ -289,10 +290,10 @@ def candidates_of(
     if table is None:
         table = _vectors_of_prompt(unit, prompt, coefficients)
         coefficient = torch.ones(sum(table.sizes), dtype=torch.float64, device=seen.resid_pre.device)
-        index, slot, vector_row, position = table.places(1)
+        index, sublayer_index, vector_row, position = table.indices(1)
     else:
         coefficient = torch.cat([coefficients[each.kind][each.layer].flatten() for each in table.sublayers])
-        index, slot, vector_row, position = table.places(prompt.length)
+        index, sublayer_index, vector_row, position = table.indices(prompt.length)
     # 3. What they add to, under the final norm's frozen scale.
     states = {"attention": seen.resid_pre, "ffn": seen.resid_mid}
     readout = prompt.anatomy.readout
@@ -304,7 +305,7 @@ def candidates_of(
     return Candidates(
         table=table,
         index=index,
-        slot=slot,
+        sublayer_index=sublayer_index,
         row=vector_row,
         position=position,
         coefficient=coefficient,
@@ -313,8 +314,8 @@ def candidates_of(
         total=len(index),
         seed=seed,
         effects={
-            name: torch.cat([effect.flatten() for effect in by_slot]).double()
-            for name, by_slot in (effects or {}).items()
+            name: torch.cat([effect.flatten() for effect in by_sublayer]).double()
+            for name, by_sublayer in (effects or {}).items()
         },
     )
 
@@ -324,13 +325,13 @@ def _coefficients(unit: Unit, prompt: TracedPrompt) -> dict[SublayerKind, Tensor
     seen, row = prompt.activations, prompt.row
     found: dict[SublayerKind, Tensor] = {}
     if "ffn" in SUBLAYERS[unit]:
-        found["ffn"] = seen.coefficients[:, row].double() * seen.ffn_gain[:, row, None].double()
+        found["ffn"] = seen.coefficients[:, row].double() * seen.ffn_post_scale[:, row, None].double()
     if "attention" in SUBLAYERS[unit]:
         # c = alpha * val, ordered by (layer, head, dim, position) so that ties fall in that order.
         pattern = seen.pattern[:, row, :, : prompt.length].double()
         values = seen.values[:, row, : prompt.length].double()
         taken = torch.einsum("lhp,lphd->lhdp", pattern, values)
-        found["attention"] = taken * seen.attention_gain[:, row, None, None, None].double()
+        found["attention"] = taken * seen.attention_post_scale[:, row, None, None, None].double()
     return found
 
 
@@ -342,7 +343,7 @@ def _vectors_of_prompt(unit: Unit, prompt: TracedPrompt, coefficients: Mapping[S
         prompt: The prompt.
         coefficients: Of its neurons, see :func:`_coefficients`.
     """
-    anatomy, sublayers = prompt.anatomy, slots_of(unit, prompt.anatomy)
+    anatomy, sublayers = prompt.anatomy, sublayers_of(unit, prompt.anatomy)
     if unit == "layer":
         # The bias of an output projection belongs to the layer, though to no neuron and no head of it.
         outputs = {"attention": prompt.activations.attention_output, "ffn": prompt.activations.ffn_output}

@@ -184,7 +184,7 @@ def _log_prob_increase_bound(candidates: Candidates) -> Tensor:
 
 
 def _log_prob_increase_first_order(candidates: Candidates) -> Tensor:
-    return first_order(candidates.probs[candidates.slot], candidates.update, candidates.answer)
+    return first_order(candidates.probs[candidates.sublayer_index], candidates.update, candidates.answer)
 
 
 @register_method(
@@ -196,7 +196,7 @@ def _log_prob_increase_first_order(candidates: Candidates) -> Tensor:
 )
 def _log_prob_increase(candidates: Candidates) -> Tensor:
     """Return log p(w|x+mv) - log p(w|x), in nats."""
-    return log_prob_increase(candidates.log_probs[candidates.slot], candidates.update, candidates.answer)
+    return log_prob_increase(candidates.log_probs[candidates.sublayer_index], candidates.update, candidates.answer)
 
 
 def _log_prob_bound(candidates: Candidates) -> Tensor:
@@ -213,7 +213,7 @@ def _log_prob(candidates: Candidates) -> Tensor:
 
 def _as_probability(candidates: Candidates, increase: Tensor) -> Tensor:
     """p(w|x) * (exp(increase) - 1): an increase of log-probability, as one of probability."""
-    log_prob = candidates.log_probs[candidates.slot, candidates.answer]
+    log_prob = candidates.log_probs[candidates.sublayer_index, candidates.answer]
     # The product keeps the digits of a small increase; the difference holds where p(w|x) underflows. No probability
     # exceeds 1, which a bound on the increase may forget.
     small = log_prob.exp() * torch.expm1(increase.clamp(max=1))
@@ -255,7 +255,7 @@ def _reciprocal_rank_bound(candidates: Candidates) -> Tensor:
 @register_method("reciprocal_rank", source="Table 2 f)", bound=_reciprocal_rank_bound)
 def _reciprocal_rank(candidates: Candidates) -> Tensor:
     """1 / rank(w) in bs(v), whatever the sign of m. Many neurons share rank 1: ties fall by (layer, index)."""
-    return candidates.table.reciprocal_ranks(candidates.slot, candidates.row, candidates.answer)
+    return candidates.table.reciprocal_ranks(candidates.sublayer_index, candidates.row, candidates.answer)
 
 
 def _output_norm(candidates: Candidates) -> Tensor:

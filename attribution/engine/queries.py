@@ -1,4 +1,4 @@
-"""The query side: what wakes a prompt's value neurons, component by component and down to single FFN neurons.
+"""The query side: what activates a prompt's value neurons, component by component and down to single FFN neurons.
 
 A value neuron n of importance S_n fires by the inner product of its subkey k_n with what a norm makes of the residual
 stream x. The stream is a sum of components z_c: the embedding and what every sublayer before wrote. With sigma, gamma
@@ -42,7 +42,7 @@ from attribution.models.model import Model
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import pad
 from attribution.records import AttentionNeuron, FFNNeuron, Neuron, SublayerKind
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 __all__ = ["QueryRanking", "query"]
 
@@ -54,13 +54,13 @@ _TRACED_NUMBERS = 2**26
 
 @dataclass(frozen=True, eq=False)
 class QueryRanking:
-    """What wakes the value neurons of one prompt.
+    """What activates the value neurons of one prompt.
 
     Attributes:
         prompt: The prompt.
         answer: The answer, with its leading space.
         answer_id: Its token id.
-        neurons: Query FFN neurons, best first; ties fall in the order of records. They wake the attention value
+        neurons: Query FFN neurons, best first; ties fall in the order of records. They activate the attention value
             neurons, at whose source positions they fire; empty if there are none above layer 0.
         scores: Their query scores, float64, aligned with ``neurons``; in the unit of the value neurons' scores,
             nats for ``log_prob_increase``.
@@ -111,7 +111,7 @@ class QueryRanking:
     def _heading(self) -> str:
         return (
             f"QueryRanking of {len(self)} of {self.candidates:,} query FFN neurons for {self.prompt!r} -> "
-            f"{self.answer!r}, waking {len(self.value_neurons)} value neurons ({len(self.left_out)} left out, "
+            f"{self.answer!r}, activating {len(self.value_neurons)} value neurons ({len(self.left_out)} left out, "
             f"amplification at most {self.amplification:.3g})"
         )
 
@@ -208,6 +208,31 @@ def _checked(model: Model, question: Question, given: object) -> tuple[list[Neur
     return neurons, scores.double().cpu()
 
 
+def _checked_k(k: object) -> int | None:
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1):
+        raise BadInputError(
+            f"k = {k!r} is not a whole number above 0; give at most how many query neurons to return, or None for all."
+        )
+    return None if k is None else int(k)
+
+
+def _given_value_neurons(
+    model: Model, questions: Sequence[Question], given: object
+) -> list[tuple[list[Neuron], Tensor]]:
+    """Return the value neurons that were given for each prompt, with their importances."""
+    if not isinstance(given, list | tuple):
+        raise BadInputError(
+            f"a list of {pluralize(len(questions), 'prompt')} came with a {type(given).__name__} as value_neurons; "
+            "give a list with a Ranking or a list of records for each prompt."
+        )
+    if len(given) != len(questions):
+        raise BadInputError(
+            f"{pluralize(len(questions), 'prompt')} came with {pluralize(len(given), 'set')} of value neurons; "
+            "give a Ranking or a list of records for each."
+        )
+    return [_checked(model, question, own) for question, own in zip(questions, given, strict=True)]
+
+
 def _strongest(model: Model, questions: Sequence[Question]) -> list[tuple[list[Neuron], Tensor]]:
     """Return the paper's numbers of FFN and attention value neurons, by importance; fewer where there are fewer."""
     anatomy = model.anatomy
@@ -248,8 +273,8 @@ def _layers_frame(anatomy: Anatomy, totals: dict[SublayerKind, Tensor], *, biase
 
 
 @dataclass(frozen=True)
-class _Woken:
-    """What is computed of one prompt where the weights are.
+class _QuerySide:
+    """The query side of one prompt, as computed where the weights are.
 
     Attributes:
         best: Query FFN neurons, best first, as layer * ffn_neurons + index, (k,).
@@ -268,28 +293,28 @@ class _Woken:
     amplification: float
 
 
-def _woken(
+def _query_sides(
     model: Model,
     jobs: Sequence[tuple[Question, tuple[list[Neuron], Tensor]]],
     options: _Options,
-) -> list[_Woken]:
+) -> list[_QuerySide]:
     """Trace one batch of prompts, at all positions, and return the query side of each."""
     batch = pad([question.ids for question, _ in jobs], device=model.device)
     activations = read_activations(model, batch, positions="all", logits=False)
     return [
-        _explain(model, activations, prompt, question, chosen, options)
+        _query_side(model, activations, prompt, question, chosen, options)
         for prompt, (question, chosen) in enumerate(jobs)
     ]
 
 
-def _explain(
+def _query_side(
     model: Model,
     activations: Activations,
     prompt: int,
     question: Question,
     value_neurons: tuple[list[Neuron], Tensor],
     options: _Options,
-) -> _Woken:
+) -> _QuerySide:
     """Return the query side of one prompt of a traced batch."""
     anatomy, length, dtype = model.anatomy, len(question.ids), activations.resid_pre.dtype
     neurons, importance = value_neurons[0], value_neurons[1].to(model.device)
@@ -316,14 +341,14 @@ def _explain(
     scores = query_neuron_scores(
         anatomy,
         activations.coefficients[:, prompt, :length],
-        activations.ffn_gain[:, prompt, :length],
+        activations.ffn_post_scale[:, prompt, :length],
         folded=readings.folded[attention],
         weights=importance[attention] / divided.denominator[attention],
         layers=[neuron.layer for neuron in readers],
         positions=[neuron.position for neuron in readers],
     ).flatten()
     best = torch.argsort(scores, descending=True, stable=True)[: options.k]
-    return _Woken(
+    return _QuerySide(
         best=best.cpu(),
         scores=scores[best].cpu(),
         candidates=len(scores),
@@ -337,23 +362,23 @@ def _query_ranking(
     anatomy: Anatomy,
     question: Question,
     value_neurons: tuple[list[Neuron], Tensor],
-    woken: _Woken,
+    side: _QuerySide,
     options: _Options,
 ) -> QueryRanking:
     neurons, importance = value_neurons
-    kept = woken.kept.tolist()
+    kept = side.kept.tolist()
     return QueryRanking(
         prompt=question.text,
         answer=question.answer,
         answer_id=question.answer_id,
-        neurons=[FFNNeuron(*divmod(place, anatomy.ffn_neurons)) for place in woken.best.tolist()],
-        scores=woken.scores,
-        candidates=woken.candidates,
-        layers=_layers_frame(anatomy, woken.totals, biases=options.biases),
+        neurons=[FFNNeuron(*divmod(place, anatomy.ffn_neurons)) for place in side.best.tolist()],
+        scores=side.scores,
+        candidates=side.candidates,
+        layers=_layers_frame(anatomy, side.totals, biases=options.biases),
         value_neurons=[neuron for neuron, keep in zip(neurons, kept, strict=True) if keep],
-        value_scores=importance[woken.kept],
+        value_scores=importance[side.kept],
         left_out=[neuron for neuron, keep in zip(neurons, kept, strict=True) if not keep],
-        amplification=woken.amplification,
+        amplification=side.amplification,
         subkey=options.subkey,
         centring=options.centring,
         biases=options.biases,
@@ -406,7 +431,7 @@ def query(
     centring: bool = True,
     biases: bool = True,
 ) -> QueryRanking | list[QueryRanking]:
-    """Rank the FFN neurons that wake a prompt's value neurons, and total each layer's part in waking them.
+    """Rank the FFN neurons that activate a prompt's value neurons, and total each layer's part in it.
 
     ``Q(c) = sum_n S_n <z_c, k'_n> / (sigma_n pre-activation_n)``, as derived at the top of this module. Layers are
     totalled for FFN and for attention value neurons apart; query neurons are ranked for attention value neurons, at
@@ -419,7 +444,7 @@ def query(
         model: A loaded model.
         prompt: A text that ends right before its answer, a :class:`Prompt`, or a list of either.
         answer: One token with its leading space, or one per prompt; may be left out for :class:`Prompt`.
-        value_neurons: What is woken: a :class:`Ranking` of the same prompt, whose scores are the weights, or a list
+        value_neurons: What is activated: a :class:`Ranking` of the same prompt, whose scores are the weights, or a list
             of them, such as one of each unit; a list of FFN and attention neurons, weighted by their
             ``log_prob_increase``; for a list of prompts, one of these each. When ``None``, the top 100 FFN and top 200
             attention neurons by ``log_prob_increase``, as in the paper, or all that a smaller model has.
@@ -438,33 +463,22 @@ def query(
     Raises:
         BadInputError: If an argument cannot be used, or no value neuron has a denominator that can be told from zero.
     """
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1):
-        raise BadInputError(
-            f"k = {k!r} is not a whole number above 0; give at most how many query neurons to return, or None for all."
-        )
-    options = _Options(k, _subkey_named(subkey, model.anatomy), centring, biases)
+    # 1. What is asked of each prompt: its answer and its value neurons with their importances.
+    options = _Options(_checked_k(k), _subkey_named(subkey, model.anatomy), centring, biases)
     single = isinstance(prompt, str | Prompt)
     questions = [question_of(model, item.text, item.answer) for item in prompts_with_answers(prompt, answer)]
     if value_neurons is None:
         chosen = _strongest(model, questions)
     else:
-        given: object = [value_neurons] if single else value_neurons
-        if not isinstance(given, list | tuple):
-            raise BadInputError(
-                f"a list of {counted(len(questions), 'prompt')} came with a {type(given).__name__} as value_neurons; "
-                "give a list with a Ranking or a list of records for each prompt."
-            )
-        if len(given) != len(questions):
-            raise BadInputError(
-                f"{counted(len(questions), 'prompt')} came with {counted(len(given), 'set')} of value neurons; give a "
-                "Ranking or a list of records for each."
-            )
-        chosen = [_checked(model, question, own) for question, own in zip(questions, given, strict=True)]
-    jobs = list(zip(questions, chosen, strict=True))
-    # Every position is kept, so a prompt takes more of a pass.
+        chosen = _given_value_neurons(model, questions, [value_neurons] if single else value_neurons)
+    asked = list(zip(questions, chosen, strict=True))
+    # 2. Where the weights are, batch by batch: shares by component, scores by FFN neuron. Every position is kept, so a
+    #    prompt takes more of a pass than its length.
     lengths = [_shrink(model) * len(question.ids) for question in questions]
+    sides = map_batches(model, asked, _query_sides, options, lengths=lengths)
+    # 3. One record per prompt.
     found = [
-        _query_ranking(model.anatomy, question, own, woken, options)
-        for (question, own), woken in zip(jobs, map_batches(model, jobs, _woken, options, lengths=lengths), strict=True)
+        _query_ranking(model.anatomy, question, own, side, options)
+        for (question, own), side in zip(asked, sides, strict=True)
     ]
     return found[0] if single else found

@@ -11,7 +11,7 @@ from attribution.errors import BadInputError
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import answer_token, encode
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 __all__ = [
     "Question",
@@ -67,7 +67,7 @@ def prompts_with_answers(
     answers: list[Any] = list(answer) if isinstance(answer, list | tuple) else [answer] * len(prompts)
     if len(answers) != len(prompts):
         raise BadInputError(
-            f"{counted(len(prompts), 'prompt')} came with {counted(len(answers), 'answer')}; give one answer each."
+            f"{pluralize(len(prompts), 'prompt')} came with {pluralize(len(answers), 'answer')}; give one answer each."
         )
     pairs = []
     for item, text in zip(prompts, answers, strict=True):

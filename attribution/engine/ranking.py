@@ -19,7 +19,7 @@ from attribution.engine.top_k import Certificate, top_k
 from attribution.engine.trace import read_activations
 from attribution.engine.vectors import VectorTable, vector_table
 from attribution.models.model import Model
-from attribution.models.running import on_site
+from attribution.models.running import run_where_weights_are
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import TokenBatch, pad
 from attribution.records import SUBLAYERS, Component, FFNNeuron, SublayerKind, Unit, unit_named
@@ -166,14 +166,14 @@ def all_candidates(
                 table,
                 answer=question.answer_id,
                 seed=question.seed(seed),
-                effects={} if table is None else {kind: _by_slot(effects[kind], table, prompt) for kind in kinds},
+                effects={} if table is None else {kind: _by_sublayer(effects[kind], table, prompt) for kind in kinds},
             )
         found.append(by_unit)
     return found
 
 
-def _by_slot(effects: Effects, table: VectorTable, prompt: TracedPrompt) -> list[Tensor]:
-    """Return what one backward pass says of each slot's neurons for one prompt."""
+def _by_sublayer(effects: Effects, table: VectorTable, prompt: TracedPrompt) -> list[Tensor]:
+    """Return what one backward pass says of each sublayer's neurons for one prompt."""
     found, row, length = [], prompt.row, prompt.length
     for each in table.sublayers:
         effect = effects.attention if each.kind == "attention" else effects.ffn
@@ -263,7 +263,7 @@ def _scores_of(model: Model, question: Question, neurons: Sequence[Component]) -
     method = method_named("log_prob_increase", "neuron")
     batch = pad([question.ids], device=model.device)
     candidates = all_candidates(model, [question], batch, {"neuron": [method]}, seed=0, steps=1)[0]["neuron"]
-    return score_candidates(method, candidates.take(candidates.places_of(neurons))).cpu()
+    return score_candidates(method, candidates.take(candidates.indices_of(neurons))).cpu()
 
 
 def scores_of(model: Model, prompt: str | Prompt, answer: str | None, neurons: Sequence[Component]) -> Tensor:
@@ -273,7 +273,7 @@ def scores_of(model: Model, prompt: str | Prompt, answer: str | None, neurons: S
         BadInputError: If one is no neuron, or not in the model or the prompt.
     """
     (item,) = prompts_with_answers(prompt, answer)
-    return on_site(model, _scores_of, question_of(model, item.text, item.answer), list(neurons))
+    return run_where_weights_are(model, _scores_of, question_of(model, item.text, item.answer), list(neurons))
 
 
 @overload

@@ -37,7 +37,7 @@ SUBKEYS: tuple[SubkeyKind, ...] = ("first_order", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Readings:
-    """How value neurons read their streams. C = 2 * layers + 2 places: embedding, A^0, F^0, ..., and the biases.
+    """How value neurons read their streams. C = 2 * layers + 2 components: embedding, A^0, F^0, ..., and the biases.
 
     Attributes:
         folded: k', (n, width).
@@ -181,9 +181,9 @@ def read_subkeys(
         centring: Whether to include LayerNorm's centring.
         biases: Whether to include the biases of norms and projections.
     """
-    places, length, width = components.shape
+    indices, length, width = components.shape
     folded = components.new_zeros(len(neurons), width)
-    terms = components.new_zeros(places + 1, len(neurons))
+    terms = components.new_zeros(indices + 1, len(neurons))
     counts = components.new_zeros(len(neurons))
     scale = components.new_ones(len(neurons))
 
@@ -249,7 +249,7 @@ def shares(terms: Tensor, counts: Tensor, eps: float) -> Shares:
 def query_neuron_scores(
     anatomy: Anatomy,
     coefficients: Tensor,
-    gains: Tensor,
+    post_scales: Tensor,
     *,
     folded: Tensor,
     weights: Tensor,
@@ -258,7 +258,7 @@ def query_neuron_scores(
 ) -> Tensor:
     """Return the query score of every FFN neuron below the attention value neurons.
 
-    Neuron k of layer i writes ``z = m^i_{p,k} * gain * fold * v^i_k`` at position p, so
+    Neuron k of layer i writes ``z = m^i_{p,k} * post_scale * post_weight * v^i_k`` at position p, so
 
         Q(i, k) = sum_{n above i} weight_n <z at p_n, k'_n>
 
@@ -268,7 +268,7 @@ def query_neuron_scores(
     Args:
         anatomy: The model's anatomy.
         coefficients: m at every position of one prompt, (layers, length, ffn_neurons).
-        gains: Gain of the norm after the FFN, (layers, length).
+        post_scales: Scale of the norm after the FFN, (layers, length).
         folded: k' of the attention value neurons, (n, width), float64.
         weights: S_n over the denominator, (n,), float64.
         layers: Layer of each value neuron.
@@ -281,13 +281,13 @@ def query_neuron_scores(
     scores = folded.new_zeros(highest, anatomy.ffn_neurons)
     above = torch.tensor(layers, device=folded.device)
     # Row n picks the position that value neuron n reads, with its weight.
-    places = torch.tensor(positions, dtype=torch.long, device=folded.device)
-    reads = torch.nn.functional.one_hot(places, coefficients.shape[1]) * weights[:, None]
+    indices = torch.tensor(positions, dtype=torch.long, device=folded.device)
+    reads = torch.nn.functional.one_hot(indices, coefficients.shape[1]) * weights[:, None]
     for layer in range(highest):
         keys = reads[above > layer].T @ folded[above > layer]
-        fold = anatomy.sublayer(layer, "ffn").post_weight
-        if fold is not None:
-            keys = keys * fold.double()
-        written = coefficients[layer].double() * gains[layer, :, None].double()
+        post_weight = anatomy.sublayer(layer, "ffn").post_weight
+        if post_weight is not None:
+            keys = keys * post_weight.double()
+        written = coefficients[layer].double() * post_scales[layer, :, None].double()
         scores[layer] = (written * (keys @ anatomy.sublayer(layer, "ffn").vectors.double().T)).sum(0)
     return scores

@@ -161,18 +161,18 @@ def top_k(candidates: Candidates, method: Method, k: int | None, *, with_first_o
 
 
 def _selected(
-    places: Tensor,
+    indices: Tensor,
     blocks: list[tuple[Tensor, Tensor | None]],
     k: int,
     tolerance: float,
     slack: float,
     total: int,
 ) -> TopK:
-    """Return the k best of what was scored; ``places`` are the candidates in the order of the blocks."""
+    """Return the k best of what was scored; ``indices`` are the candidates in the order of the blocks."""
     # Back in order of records, so that ties fall by it.
-    places, back = places.sort()
+    indices, back = indices.sort()
     scores = torch.cat([scores for scores, _ in blocks])[back]
     best = _descending(scores, tolerance)[:k]
     terms = [term for _, term in blocks if term is not None]
     first_order = torch.cat(terms)[back][best] if terms else None
-    return TopK(places[best], scores[best], Certificate(len(scores), total, slack, tolerance), first_order)
+    return TopK(indices[best], scores[best], Certificate(len(scores), total, slack, tolerance), first_order)

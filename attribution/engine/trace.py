@@ -1,8 +1,8 @@
 """Open a model under nnsight, run it, read its activations and edit them: one trace per batch.
 
 The only module that imports nnsight; others hand :func:`run` a function that visits modules. Modules are visited in
-forward order, which nnsight requires. What is computed from activations is handed to :func:`on_site`, which runs it
-where the weights are.
+forward order, which nnsight requires. What is computed from activations is handed to
+:func:`run_where_weights_are`, which runs it there.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Activations:
         coefficients: m^l, the input of the down projection, (L, B, [Q,] N).
         pattern: alpha, attention weights of the query position over source positions, (L, B, H, [Q,] P).
         values: val, each head's values at every source position, bias included, (L, B, P, H, head_dim).
-        attention_gain: 1 / s of the norm after the attention, 1 where there is none, (L, B, [Q]).
-        ffn_gain: The same for the FFN.
+        attention_post_scale: 1 / s of the norm after the attention, 1 where there is none, (L, B, [Q]).
+        ffn_post_scale: The same for the FFN.
         resid_final: h^{L-1} as it enters the final norm, (B, [Q,] D).
         logits: The model's own logits, (B, [Q,] V); ``None`` where the trace stopped before them.
     """
@@ -79,8 +79,8 @@ class Activations:
     coefficients: Tensor
     pattern: Tensor
     values: Tensor
-    attention_gain: Tensor
-    ffn_gain: Tensor
+    attention_post_scale: Tensor
+    ffn_post_scale: Tensor
     resid_final: Tensor
     logits: Tensor | None
 
@@ -297,7 +297,7 @@ def read_activations(
             return query(batched(resolve(block, post_norm).output))
         return raw if anatomy.residual_scale == 1 else raw * anatomy.residual_scale
 
-    def gain(raw: Tensor, layer: int, sublayer: Literal["attention", "ffn"]) -> Tensor:
+    def post_scale(raw: Tensor, layer: int, sublayer: Literal["attention", "ffn"]) -> Tensor:
         norm = anatomy.sublayer(layer, sublayer).post_norm
         return raw.new_ones(raw.shape[:-1]) if norm is None else 1 / frozen_scale(raw.float(), norm).to(raw.dtype)
 
@@ -314,7 +314,7 @@ def read_activations(
         if layer in edits.sources:
             projected = projected + _edit_sources(attention, layer, values, edits.sources[layer], anatomy, batch)
         raw = query(projected)
-        seen["attention_gain"] = gain(raw, layer, "attention")
+        seen["attention_post_scale"] = post_scale(raw, layer, "attention")
         seen["attention_output"] = written(raw, block, family.attention_post_norm)
         seen["resid_mid"] = seen["resid_pre"] + seen["attention_output"]
         ffn_out = resolve(block, family.ffn_out)
@@ -322,7 +322,7 @@ def read_activations(
             _edit_input(ffn_out, edits.coefficients[layer], batch)
         seen["coefficients"] = query(batched(ffn_out.input))
         raw = query(batched(ffn_out.output))
-        seen["ffn_gain"] = gain(raw, layer, "ffn")
+        seen["ffn_post_scale"] = post_scale(raw, layer, "ffn")
         seen["ffn_output"] = written(raw, block, family.ffn_post_norm)
         seen["resid_post"] = query(first_tensor(block.output))
         return seen

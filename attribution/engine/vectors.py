@@ -24,7 +24,7 @@ from attribution.records import (
     Unit,
 )
 
-__all__ = ["VectorTable", "slots_of", "vector_table"]
+__all__ = ["VectorTable", "sublayers_of", "vector_table"]
 
 # Projected vectors are kept up to this many float64 numbers per table: 128 MiB.
 _KEPT_NUMBERS = 2**24
@@ -36,7 +36,7 @@ _FEW_OF_ALL = 8
 _LEADING = 64
 
 
-def slots_of(unit: Unit, anatomy: Anatomy) -> tuple[Layer, ...]:
+def sublayers_of(unit: Unit, anatomy: Anatomy) -> tuple[Layer, ...]:
     """Return the sublayers that hold a unit, in forward order."""
     return tuple(Layer(layer, kind) for layer in range(anatomy.layers) for kind in SUBLAYERS[unit])
 
@@ -44,17 +44,18 @@ def slots_of(unit: Unit, anatomy: Anatomy) -> tuple[Layer, ...]:
 class VectorTable:
     """The vectors that the candidates of one unit write, and what of them does not depend on the prompt.
 
-    A slot is a sublayer whose vectors are candidates; slots come in forward order. The table remembers what it has
-    computed: norms, bounds, ranks by answer, and records, for prompts rank the same neurons again and again.
+    Only sublayers that hold candidates are in it, in forward order; a sublayer's index is its place among these. The
+    table remembers what it has computed: norms, bounds, ranks by answer, and records, for prompts rank the same neurons
+    again and again.
 
     Args:
         unit: The unit.
-        sublayers: The sublayer of each slot.
-        vectors: Per slot, subvalues or attention output vectors, (rows, width), in the model's dtype.
-        post_weights: Per slot, what a vector is multiplied by elementwise on its way to the residual stream, (width,),
-            or ``None`` for ones.
+        sublayers: The sublayers that hold candidates.
+        vectors: Per sublayer, subvalues or attention output vectors, (rows, width), in the model's dtype.
+        post_weights: Per sublayer, what a vector is multiplied by elementwise on its way to the residual stream,
+            (width,), or ``None`` for ones.
         readout: Final norm and unembedding.
-        per_head: Rows per head in attention slots: dimensions, source positions, or 1.
+        per_head: Rows per head in an attention sublayer: dimensions, source positions, or 1.
     """
 
     def __init__(
@@ -74,14 +75,14 @@ class VectorTable:
         self.per_head = per_head
         self._records: dict[tuple[int, int, int], Component] = {}
         self._ranks: dict[int, Tensor] = {}
-        self._places: dict[int, tuple[Tensor, ...]] = {}
+        self._indices: dict[int, tuple[Tensor, ...]] = {}
 
     @classmethod
     def of(cls, unit: Unit, anatomy: Anatomy) -> VectorTable:
         """Return the table of a model's neurons: of one sublayer per block, or of both for ``"neuron"``."""
-        sublayers = slots_of(unit, anatomy)
+        sublayers = sublayers_of(unit, anatomy)
         own = [anatomy.sublayer(each.layer, each.kind) for each in sublayers]
-        chosen = ByLayer(lambda slot: own[slot].vectors, len(sublayers))
+        chosen = ByLayer(lambda sublayer_index: own[sublayer_index].vectors, len(sublayers))
         return cls(
             unit,
             sublayers,
@@ -93,21 +94,21 @@ class VectorTable:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Number of rows of each slot."""
+        """Number of rows of each sublayer."""
         return [len(vectors) for vectors in self.vectors]
 
     @cached_property
     def offsets(self) -> Tensor:
-        """Place of each slot's first row among all rows, (slots,)."""
+        """Index of each sublayer's first row among all rows, (sublayers,)."""
         return torch.tensor([0, *self.sizes]).cumsum(0)[:-1].to(self.readout.unembedding.device)
 
     @cached_property
     def norms(self) -> Tensor:
-        """|v|, the L2 norm of each vector as it is written, float64, (rows of all slots,)."""
+        """|v|, the L2 norm of each vector as it is written, float64, (rows of all sublayers,)."""
         pieces = []
-        for slot, vectors in enumerate(self.vectors):
+        for sublayer_index, vectors in enumerate(self.vectors):
             rows = torch.arange(len(vectors), device=vectors.device)
-            pieces.append(self.written(slot, rows).norm(dim=-1))
+            pieces.append(self.written(sublayer_index, rows).norm(dim=-1))
         return torch.cat(pieces)
 
     @cached_property
@@ -120,35 +121,35 @@ class VectorTable:
         """What bounds are computed in: float32, unless the weights are float64."""
         return torch.promote_types(torch.float32, self.readout.unembedding.dtype)
 
-    def places(self, positions: int) -> tuple[Tensor, ...]:
-        """Return index, slot, row and position, each (n,), of every candidate.
+    def indices(self, positions: int) -> tuple[Tensor, ...]:
+        """Return index, sublayer index, row and position, each (n,), of every candidate.
 
-        They are in the order in which ties fall: by slot, row, and, for attention neurons, source position.
+        They are in the order in which ties fall: by sublayer, row, and, for attention neurons, source position.
 
         Args:
             positions: Number of source positions of an attention neuron; 1 for other units.
         """
-        if positions not in self._places:
+        if positions not in self._indices:
             parts = []
-            for slot, size in enumerate(self.sizes):
-                depth = positions if self.sublayers[slot].kind == "attention" else 1
+            for sublayer_index, size in enumerate(self.sizes):
+                depth = positions if self.sublayers[sublayer_index].kind == "attention" else 1
                 row, position = torch.unravel_index(torch.arange(size * depth), (size, depth))
-                parts.append((torch.full_like(row, slot), row, position))
-            slots, rows, sources = (torch.cat(each) for each in zip(*parts, strict=True))
+                parts.append((torch.full_like(row, sublayer_index), row, position))
+            sublayer_indices, rows, sources = (torch.cat(each) for each in zip(*parts, strict=True))
             device = self.readout.unembedding.device
-            places = (torch.arange(len(rows)), slots, rows, sources)
-            self._places[positions] = tuple(each.to(device) for each in places)
-        return self._places[positions]
+            indices = (torch.arange(len(rows)), sublayer_indices, rows, sources)
+            self._indices[positions] = tuple(each.to(device) for each in indices)
+        return self._indices[positions]
 
-    def record(self, slot: int, row: int, position: int) -> Component:
+    def record(self, sublayer_index: int, row: int, position: int) -> Component:
         """Return the record of a candidate: looking one up takes a fifth of making it again."""
-        place = slot, row, position
+        place = sublayer_index, row, position
         if place not in self._records:
             self._records[place] = self._make_record(*place)
         return self._records[place]
 
-    def _make_record(self, slot: int, row: int, position: int) -> Component:
-        sublayer, (head, dim) = self.sublayers[slot], divmod(row, self.per_head)
+    def _make_record(self, sublayer_index: int, row: int, position: int) -> Component:
+        sublayer, (head, dim) = self.sublayers[sublayer_index], divmod(row, self.per_head)
         if self.unit == "layer":
             return sublayer
         if self.unit == "head":
@@ -160,22 +161,22 @@ class VectorTable:
         return AttentionNeuron(sublayer.layer, head, dim, position)
 
     def place_of(self, record: Component, positions: int) -> int | None:
-        """Return the index of a record among the candidates of :meth:`places`; ``None`` if it is not one of them."""
+        """Return the index of a record among the candidates of :meth:`indices`; ``None`` if it is not one of them."""
         kind = record.kind if isinstance(record, Layer) else "ffn" if isinstance(record, FFNNeuron) else "attention"
-        slot = self._slots.get((record.layer, kind))
-        if slot is None:
+        sublayer_index = self._index_of.get((record.layer, kind))
+        if sublayer_index is None:
             return None
         depths = [positions if each.kind == "attention" else 1 for each in self.sublayers]
         row, position = self._row_and_position(record)
-        inside = 0 <= row < self.sizes[slot] and 0 <= position < depths[slot]
+        inside = 0 <= row < self.sizes[sublayer_index] and 0 <= position < depths[sublayer_index]
         # A dimension beyond its head, or a record of another unit, comes back as something else.
-        if not inside or self.record(slot, row, position) != record:
+        if not inside or self.record(sublayer_index, row, position) != record:
             return None
-        before = sum(size * depth for size, depth in zip(self.sizes[:slot], depths, strict=False))
-        return before + row * depths[slot] + position
+        before = sum(size * depth for size, depth in zip(self.sizes[:sublayer_index], depths, strict=False))
+        return before + row * depths[sublayer_index] + position
 
     def _row_and_position(self, record: Component) -> tuple[int, int]:
-        """Return which row of its slot a record is, and at which source position: what :meth:`record` is made of."""
+        """Return which row of its sublayer a record is, and at which source position; :meth:`record` undoes it."""
         if isinstance(record, AttentionNeuron):
             return record.head * self.per_head + record.dim, record.position
         if isinstance(record, HeadPosition):
@@ -185,14 +186,14 @@ class VectorTable:
         return (record.index, 0) if isinstance(record, FFNNeuron) else (0, 0)
 
     @cached_property
-    def _slots(self) -> dict[tuple[int, SublayerKind], int]:
-        """The slot of each sublayer, by layer and kind."""
-        return {(each.layer, each.kind): slot for slot, each in enumerate(self.sublayers)}
+    def _index_of(self) -> dict[tuple[int, SublayerKind], int]:
+        """The index of each sublayer, by layer and kind."""
+        return {(each.layer, each.kind): sublayer_index for sublayer_index, each in enumerate(self.sublayers)}
 
-    def written(self, slot: int, rows: Tensor) -> Tensor:
-        """Return vectors as they are written for a coefficient and a gain of 1, float64, (rows, width)."""
-        post_weight = self.post_weights[slot]
-        vectors = self.vectors[slot][rows].double()
+    def written(self, sublayer_index: int, rows: Tensor) -> Tensor:
+        """Return vectors as they are written for a coefficient and a post-norm scale of 1, float64, (rows, width)."""
+        post_weight = self.post_weights[sublayer_index]
+        vectors = self.vectors[sublayer_index][rows].double()
         return vectors if post_weight is None else vectors * post_weight.double()
 
     @cached_property
@@ -203,18 +204,19 @@ class VectorTable:
         ahead, so that no rank is smaller than its bound says.
 
         Returns:
-            Tokens, (rows of all slots, M), and bounds, (rows of all slots, M + 1), the last for tokens not listed.
+            Tokens, (rows of all sublayers, M), and bounds, (rows of all sublayers, M + 1), the last for tokens that are
+            not listed.
         """
         unembedding, dtype = self.readout.unembedding, self.scan_dtype
         one = torch.ones((), dtype=dtype, device=unembedding.device)
         number = min(_LEADING, len(unembedding))
         rounding = 4 * unembedding.shape[1] ** 0.5 * torch.finfo(dtype).eps * self.largest_readout
         tokens, bounds = [], []
-        for slot, vectors in enumerate(self.vectors):
+        for sublayer_index, vectors in enumerate(self.vectors):
             for rows in torch.arange(len(vectors), device=vectors.device).split(
                 _KEPT_NUMBERS // 4 // len(unembedding) + 1
             ):
-                written = self.written(slot, rows)
+                written = self.written(sublayer_index, rows)
                 largest, token = before_softmax(written.to(dtype), one, self.readout).topk(number)
                 # What is listed j-th is ahead of nobody's bound unless it leads by more than both can be off.
                 reach = largest.double() + rounding * written.norm(dim=-1, keepdim=True)
@@ -224,13 +226,13 @@ class VectorTable:
         return torch.cat(tokens), torch.cat(bounds)
 
     def reciprocal_rank_bounds(self, answer: int) -> Tensor:
-        """Return what 1 / rank of the answer in bs(v) cannot exceed, (rows of all slots,)."""
+        """Return what 1 / rank of the answer in bs(v) cannot exceed, (rows of all sublayers,)."""
         tokens, bounds = self._leading_tokens
         listed = tokens == answer
         place = torch.where(listed.any(-1), listed.int().argmax(-1), tokens.shape[1])
         return bounds.gather(1, place[:, None])[:, 0]
 
-    def reciprocal_ranks(self, slot: Tensor, row: Tensor, answer: int) -> Tensor:
+    def reciprocal_ranks(self, sublayer_index: Tensor, row: Tensor, answer: int) -> Tensor:
         """Return 1 / rank of the answer in bs(v), (n,).
 
         The rank counts from 1, in descending order; tokens equal to the answer do not push it down. The frozen
@@ -240,9 +242,9 @@ class VectorTable:
         if known is None:
             # A search asks for a few vectors; what needs most of them is asked again for other prompts of the answer.
             if not self.keeps_logits or len(row) < sum(self.sizes) // _FEW_OF_ALL:
-                return _reciprocal_ranks(self.unscaled_logits(slot, row), answer)
+                return _reciprocal_ranks(self.unscaled_logits(sublayer_index, row), answer)
             known = self._ranks[answer] = _reciprocal_ranks(self._kept_logits, answer)
-        return known[self.offsets[slot] + row]
+        return known[self.offsets[sublayer_index] + row]
 
     @cached_property
     def keeps_logits(self) -> bool:
@@ -251,20 +253,20 @@ class VectorTable:
 
     @cached_property
     def _kept_logits(self) -> Tensor:
-        """bs(v) of every vector for a frozen scale of 1, float64, (rows of all slots, vocabulary)."""
+        """bs(v) of every vector for a frozen scale of 1, float64, (rows of all sublayers, vocabulary)."""
         rows = [torch.arange(len(vectors), device=vectors.device) for vectors in self.vectors]
-        written = torch.cat([self.written(slot, every) for slot, every in enumerate(rows)])
+        written = torch.cat([self.written(sublayer_index, every) for sublayer_index, every in enumerate(rows)])
         return before_softmax(written, torch.ones((), dtype=torch.float64, device=written.device), self.readout)
 
-    def unscaled_logits(self, slot: Tensor, row: Tensor) -> Tensor:
+    def unscaled_logits(self, sublayer_index: Tensor, row: Tensor) -> Tensor:
         """Return bs(v) for a frozen scale of 1, float64, (n, vocabulary)."""
         if self.keeps_logits:
-            return self._kept_logits[self.offsets[slot] + row]
+            return self._kept_logits[self.offsets[sublayer_index] + row]
         one = torch.ones((), dtype=torch.float64, device=row.device)
-        # All slots in one product: the unembedding is by far the largest thing to read.
+        # All sublayers in one product: the unembedding is by far the largest thing to read.
         vectors = torch.empty(len(row), self.readout.unembedding.shape[1], dtype=torch.float64, device=row.device)
-        for each in slot.unique().tolist():
-            chosen = slot == each
+        for each in sublayer_index.unique().tolist():
+            chosen = sublayer_index == each
             vectors[chosen] = self.written(each, row[chosen])
         return before_softmax(vectors, one, self.readout)
 

@@ -31,24 +31,24 @@ def matched(candidates: Candidates, chosen: Tensor) -> Tensor:
         others.
     """
     norms = score_candidates(method_named("output_norm", candidates.table.unit), candidates)
-    vectors = candidates.table.offsets[candidates.slot] + candidates.row
+    vectors = candidates.table.offsets[candidates.sublayer_index] + candidates.row
     taken = torch.zeros(sum(candidates.table.sizes), dtype=torch.bool, device=vectors.device)
     taken[vectors[chosen]] = True
-    free, slots = ~taken[vectors], candidates.slot
+    free, sublayer_indices = ~taken[vectors], candidates.sublayer_index
     generator = torch.Generator().manual_seed(candidates.seed)
     draws = iter(torch.rand(len(chosen), generator=generator, dtype=torch.float64).tolist())
     drawn: list[int] = []
-    for slot in slots[chosen].unique():
-        others = (free & (slots == slot)).nonzero().flatten()
+    for sublayer_index in sublayer_indices[chosen].unique():
+        others = (free & (sublayer_indices == sublayer_index)).nonzero().flatten()
         rising, order = norms[others].sort(stable=True)
         # Lists, because one element of a list is far cheaper to look up and to remove than one of a tensor.
-        places, sizes = others[order].tolist(), rising.tolist()
+        indices, sizes = others[order].tolist(), rising.tolist()
         # The largest first: they have the fewest neighbours.
-        for size in norms[chosen[slots[chosen] == slot]].sort(descending=True).values.tolist():
-            if not places:
+        for size in norms[chosen[sublayer_indices[chosen] == sublayer_index]].sort(descending=True).values.tolist():
+            if not indices:
                 break
             pick = _draw_near(sizes, size, next(draws))
-            drawn.append(places.pop(pick))
+            drawn.append(indices.pop(pick))
             del sizes[pick]
     return torch.tensor(drawn, dtype=torch.long, device=chosen.device)
 

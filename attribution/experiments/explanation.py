@@ -69,7 +69,7 @@ class ValueNeuron:
         score: Its ``log_prob_increase``, in nats.
         first_order: The first-order part <e_w - p, bs(v)>, in nats; ``score = first_order - kl``.
         kl: KL(p || p'), in nats: what it spends on the rest of the distribution.
-        coefficient: m of an FFN neuron, alpha * val of an attention neuron, times the gain of a norm that follows.
+        coefficient: m of an FFN neuron, alpha * val of an attention neuron, times the scale of a norm that follows.
         raised: The tokens whose logit what it writes raises most, best first. That is the coefficient times the
             vector, so a negative coefficient turns the vector's own order round.
         lowered: Those that it lowers most, the most lowered first.
@@ -87,7 +87,7 @@ class ValueNeuron:
 
 @dataclass(frozen=True)
 class QueryLayer:
-    """One component's part in waking the value neurons of one kind.
+    """One component's part in activating the value neurons of one kind.
 
     Attributes:
         value_unit: Whose, ``"ffn"`` or ``"attention"``.
@@ -104,7 +104,7 @@ class QueryLayer:
 
 @dataclass(frozen=True)
 class QueryNeuron:
-    """One FFN neuron that wakes attention value neurons, with its query score in nats."""
+    """One FFN neuron that activates attention value neurons, with its query score in nats."""
 
     neuron: FFNNeuron
     score: float
@@ -152,8 +152,8 @@ class Explanation:
         heads: Score of each head, (layers, heads).
         ffn_neurons: The best FFN value neurons, best first.
         attention_neurons: The best attention value neurons, best first.
-        query_layers: What wakes the value neurons, component by component in forward order.
-        query_neurons: The FFN neurons that do most to wake attention value neurons, best first; empty if there are
+        query_layers: What activates the value neurons, component by component in forward order.
+        query_neurons: The FFN neurons that do most to activate attention value neurons, best first; empty if there are
             none below.
         query_value_neurons: How many value neurons those two explain, the paper's 100 + 200 or all there are.
         query_left_out: How many more have an input that cannot be told from zero, and so no shares.
@@ -214,7 +214,7 @@ def explain(model: Model, prompt: str, answer: str | None = None, *, k: int = 10
     # Candidates come in forward order: attention before FFN in every layer, and head after head.
     by_layer = score_candidates(method, candidates["layer"]).view(-1, 2).T.tolist()
     by_head = score_candidates(method, candidates["head"]).view(-1, model.anatomy.heads).tolist()
-    wakers = query(model, prompt, question.answer, k=k)
+    queries = query(model, prompt, question.answer, k=k)
     return Explanation(
         model=model.name,
         prompt=prompt,
@@ -231,14 +231,14 @@ def explain(model: Model, prompt: str, answer: str | None = None, *, k: int = 10
         attention_neurons=value_neurons["attention"],
         query_layers=tuple(
             QueryLayer(unit, component, None if pd.isna(layer) else int(layer), score)
-            for unit, component, layer, score in wakers.layers.itertuples(index=False)
+            for unit, component, layer, score in queries.layers.itertuples(index=False)
         ),
-        query_neurons=tuple(map(QueryNeuron, wakers.neurons, wakers.scores.tolist())),
-        query_value_neurons=len(wakers.value_neurons),
-        query_left_out=len(wakers.left_out),
-        query_amplification=wakers.amplification,
+        query_neurons=tuple(map(QueryNeuron, queries.neurons, queries.scores.tolist())),
+        query_value_neurons=len(queries.value_neurons),
+        query_left_out=len(queries.left_out),
+        query_amplification=queries.amplification,
         ablations=_ablations(
-            model, question, candidates, {unit: selection.indices for unit, selection in best.items()}, wakers
+            model, question, candidates, {unit: selection.indices for unit, selection in best.items()}, queries
         ),
     )
 
@@ -313,18 +313,18 @@ def _ablations(
     question: Question,
     candidates: dict[Unit, Candidates],
     best: dict[Unit, Tensor],
-    wakers: QueryRanking,
+    queries: QueryRanking,
 ) -> tuple[Ablation, ...]:
     """Zero value neurons, query neurons and others like them, all in one batch."""
-    places: dict[str, dict[Unit, Tensor]] = {
+    indices: dict[str, dict[Unit, Tensor]] = {
         "ffn": {"ffn": best["ffn"]},
         "attention": {"attention": best["attention"]},
         "both": {"ffn": best["ffn"], "attention": best["attention"]},
     }
-    if wakers.neurons:
-        places["query"] = {"ffn": candidates["ffn"].places_of(wakers.neurons)}
+    if queries.neurons:
+        indices["query"] = {"ffn": candidates["ffn"].indices_of(queries.neurons)}
     arms: list[tuple[Neuron, ...]] = []
-    for of_unit in places.values():
+    for of_unit in indices.values():
         controls = {unit: matched(candidates[unit], chosen) for unit, chosen in of_unit.items()}
         for each in (of_unit, controls):
             records: list[Component] = [
@@ -342,5 +342,5 @@ def _ablations(
             control_distinct=distinct[row + 1],
             control=after[row + 1],
         )
-        for name, row in zip(places, range(0, len(arms), 2), strict=True)
+        for name, row in zip(indices, range(0, len(arms), 2), strict=True)
     )

@@ -82,7 +82,7 @@ def _check(anatomy: Anatomy, plants: Sequence[Plant]) -> None:
         if not isinstance(neuron, FFNNeuron | AttentionNeuron):
             raise BadInputError(f"{neuron!r} cannot be planted; pass FFNNeuron or AttentionNeuron records.")
     ablation_masks([neurons], anatomy)
-    places: set[tuple[int, str, int]] = set()
+    indices: set[tuple[int, str, int]] = set()
     for plant in plants:
         neuron = plant.neuron
         for name, tensor in (("subkey", plant.subkey), ("vector", plant.vector)):
@@ -93,11 +93,11 @@ def _check(anatomy: Anatomy, plants: Sequence[Plant]) -> None:
                 )
         row = neuron.index if isinstance(neuron, FFNNeuron) else _value_row(anatomy, neuron)
         place = (neuron.layer, type(neuron).__name__, row)
-        if place in places:
+        if place in indices:
             raise BadInputError(
                 f"{neuron!r} shares its subkey with another planted neuron; plant each row of a projection once."
             )
-        places.add(place)
+        indices.add(place)
 
 
 @contextmanager
@@ -180,17 +180,17 @@ def answer_direction(readout: Readout, token: int) -> Tensor:
     return direction
 
 
-def vector_along(direction: Tensor, fold: Tensor | None) -> Tensor:
-    """Return the value vector whose output ``fold * vector`` has length 1 and goes along a direction.
+def vector_along(direction: Tensor, post_weight: Tensor | None) -> Tensor:
+    """Return the value vector whose output ``post_weight * vector`` has length 1 and goes along a direction.
 
-    Of all vectors of a length, ``fold * direction`` writes most along the direction. Dividing by the fold instead would
-    hit it exactly, but blow up where a fold's entry is small.
+    Of all vectors of a length, ``post_weight * direction`` writes most along the direction. Dividing by the weight
+    instead would hit it exactly, but blow up where an entry of the weight is small.
 
     Args:
         direction: (width,).
-        fold: What a vector is multiplied by on its way to the residual stream, (width,), or ``None`` for ones.
+        post_weight: What a vector is multiplied by on its way to the residual stream, (width,), or ``None`` for ones.
     """
-    along = torch.ones_like(direction) if fold is None else fold.to(direction)
+    along = torch.ones_like(direction) if post_weight is None else post_weight.to(direction)
     vector: Tensor = along * direction / (along.square() * direction).norm()
     return vector
 

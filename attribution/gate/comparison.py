@@ -1,4 +1,4 @@
-"""What a run is worse at than a baseline, claim by claim and prompt by prompt: statistics about two stored runs."""
+"""What a run is worse at than a stored run: statistics, claim by claim and prompt by prompt."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from attribution.claims.judge import Evidence, Verdict
-from attribution.gate.stored_run import DEFINING, Baseline, Key, is_finite, key_of, label, some
+from attribution.gate.stored_run import DEFINING, Key, StoredRun, is_finite, key_of, label, some
 from attribution.models.fingerprint import ModelFacts
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 __all__ = ["ALLOWABLE", "ROUNDING", "Change", "Comparison", "Kind", "compare"]
 
@@ -51,7 +51,7 @@ class Change:
     """What became of one claim.
 
     Attributes:
-        before: As the baseline has it.
+        before: As the stored run has it.
         after: As the run measured it.
         kind: ``"unchanged"`` up to rounding on every prompt; ``"regressed"`` if the interval of the worsening lies
             above the tolerance; ``"improved"`` if it lies below minus the tolerance; else ``"changed"``.
@@ -89,7 +89,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run beside a baseline.
+    """A run and the stored run that it is compared with.
 
     Attributes:
         problems: Why the two cannot be compared, one sentence each; empty if they can.
@@ -105,9 +105,9 @@ class Comparison:
 
 
 def compare(
-    before: Baseline, after: Baseline, *, tolerance: float = ROUNDING, allow: Collection[str] = ()
+    before: StoredRun, after: StoredRun, *, tolerance: float = ROUNDING, allow: Collection[str] = ()
 ) -> Comparison:
-    """Pair a run with a baseline, claim by claim and prompt by prompt.
+    """Pair a run with a stored run, claim by claim and prompt by prompt.
 
     Worse means, on the mean over prompts: less, where a claim says "above"; farther from zero, where it says "within";
     and above the bound although it was not, where it says "at most". It counts as a regression if the whole interval
@@ -119,7 +119,7 @@ def compare(
     others independently, which errs on the wide side.
 
     Args:
-        before: The baseline.
+        before: The stored run.
         after: The run.
         tolerance: How much worse is not worth a word, in the unit of each claim.
         allow: Of :data:`ALLOWABLE`, what may differ. Weights are not compared across dtypes: they cannot be equal.
@@ -133,14 +133,14 @@ def compare(
     old, new = ({key_of(verdict): verdict for verdict in each.verdicts} for each in (before, after))
     for key in sorted(old.keys() - new.keys()):
         problems.add(
-            "was not measured, and the baseline has it; run the whole suite that the baseline was made from (pytest "
-            "test_faithfulness, without -k), and make a new baseline if it was renamed or dropped on purpose",
+            "was not measured, and the stored run has it; run the whole suite that the stored run was made from "
+            "(pytest test_faithfulness, without -k), and store a new run if it was renamed or dropped on purpose",
             key,
         )
     for key in sorted(new.keys() - old.keys()):
         problems.add(
-            "was measured, and the baseline does not have it; update the baseline to take it in, or leave it out of "
-            "the run",
+            "was measured, and the stored run does not have it; update the stored run to take it in, or leave it "
+            "out of the run",
             key,
         )
     pairs = [
@@ -177,14 +177,14 @@ def _models_agree(
         if was != now and field not in allow:
             agree = False
             problems.add(
-                f"model {name!r} has the {field} {now!r}, and the baseline was made with {was!r}; use that, or pass "
+                f"model {name!r} has the {field} {now!r}, and the stored run was made with {was!r}; use that, or pass "
                 f"--attribution-allow={field}"
             )
     if before.weights != after.weights and before.dtype == after.dtype:
         agree = False
         problems.add(
-            f"model {name!r} has the weights {after.weights[:19]}, and the baseline was made with "
-            f"{before.weights[:19]}; load those, or save a new baseline"
+            f"model {name!r} has the weights {after.weights[:19]}, and the stored run was made with "
+            f"{before.weights[:19]}; load those, or store a new run"
         )
     return agree
 
@@ -207,8 +207,8 @@ def _claims_agree(before: Verdict, after: Verdict, problems: _Problems) -> bool:
     ]
     for name, was, now in different:
         problems.add(
-            f"has another {name} than in the baseline, {now!r} instead of {was!r}; measure what the baseline did, or "
-            "save a new one",
+            f"has another {name} than in the stored run, {now!r} instead of {was!r}; measure what the stored run did, "
+            "or save a new one",
             key,
         )
     if different:
@@ -218,22 +218,20 @@ def _claims_agree(before: Verdict, after: Verdict, problems: _Problems) -> bool:
     was, now = (dict(zip(each.prompts, each.facts, strict=True)) for each in (before.evidence, after.evidence))
     lost, gained = sorted(was.keys() - now.keys()), sorted(now.keys() - was.keys())
     if lost or gained:
-        parts = [f"lacks {len(lost)} of the {len(was)} prompts of the baseline, such as {lost[0]!r}"] if lost else []
+        parts = [f"lacks {len(lost)} of the {len(was)} prompts of the stored run, such as {lost[0]!r}"] if lost else []
         if gained:
-            parts.append(f"has {counted(len(gained), 'prompt')} that the baseline has not, such as {gained[0]!r}")
-        problems.add(f"{' and '.join(parts)}; measure on the prompts of the baseline, or save a new one", key)
+            parts.append(f"has {pluralize(len(gained), 'prompt')} that the stored run has not, such as {gained[0]!r}")
+        problems.add(f"{' and '.join(parts)}; measure on the prompts of the stored run, or save a new one", key)
         return False
     moved = next((prompt for prompt in sorted(was) if was[prompt] != now[prompt]), None)
     if moved is not None:
         problems.add(
-            f"counts the prompt {moved!r} to the fact {now[moved]!r}, and the baseline to {was[moved]!r}; undo that, "
+            f"counts the prompt {moved!r} to the fact {now[moved]!r}, and the stored run to {was[moved]!r}; undo that, "
             "or save a new one",
             key,
         )
     if (before.evidence.baselines is None) != (after.evidence.baselines is None):
-        problems.add(
-            "is a ratio in only one of run and baseline; measure what the baseline did, or save a new one", key
-        )
+        problems.add("is a ratio in only one of the two runs; measure what the stored run did, or store a new one", key)
         return False
     return moved is None
 

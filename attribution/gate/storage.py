@@ -1,4 +1,4 @@
-"""Where baselines are kept: one file each in a folder of their own, written whole or not at all."""
+"""Where stored runs are kept: one file each in a folder of their own, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from pathlib import Path
 from filelock import FileLock
 
 from attribution.errors import BadInputError
-from attribution.gate.stored_run import Baseline, dumps, key_of, label, loads, some
+from attribution.gate.stored_run import StoredRun, dumps, key_of, label, loads, some
 
-__all__ = ["FOLDER", "baseline_named", "names_in", "path_of", "prune", "read", "save"]
+__all__ = ["FOLDER", "stored_run_named", "names_in", "path_of", "prune", "read", "save"]
 
 FOLDER = ".attribution"
-"""Folder of baselines, in pytest's root folder."""
+"""Folder of stored runs, in pytest's root folder."""
 
 # In that folder. Whoever holds it is the only writer; the system releases it when a process dies, in whatever way.
 _LOCK = ".lock"
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """Return the file of a baseline.
+    """Return the file of a stored run.
 
     Raises:
         BadInputError: If the name cannot be that of a file.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise BadInputError(
-            f"{name!r} cannot be the name of a baseline; use letters, digits, '.', '_' and '-', such as 'main'."
+            f"{name!r} cannot be the name of a stored run; use letters, digits, '.', '_' and '-', such as 'main'."
         )
     return folder / f"{name}.json"
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names of the baselines in a folder, readable or not."""
+    """Return the names of the stored runs in a folder, readable or not."""
     return sorted(path.stem for path in folder.glob("*.json"))
 
 
-def read(folder: Path, name: str) -> Baseline:
-    """Return a baseline.
+def read(folder: Path, name: str) -> StoredRun:
+    """Return a stored run.
 
     Raises:
         BadInputError: If there is none of that name, or it cannot be trusted.
@@ -50,20 +50,20 @@ def read(folder: Path, name: str) -> Baseline:
     if not path.is_file():
         there = ", ".join(names_in(folder)) or "none"
         raise BadInputError(
-            f"there is no baseline {name!r} in {folder} (there: {there}); save one with --attribution-save={name}."
+            f"there is no stored run {name!r} in {folder} (there: {there}); save one with --attribution-save={name}."
         )
     try:
         return loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError) as error:
         why = "is not a text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).rstrip(".")
         raise BadInputError(
-            f"the baseline {path} cannot be used, it {why}; restore it from version control, or remove it with "
+            f"the stored run {path} cannot be used, it {why}; restore it from version control, or remove it with "
             f"'python -m attribution baselines prune {name}' and save a new one."
         ) from None
 
 
-def baseline_named(folder: Path, name: str) -> str:
-    """Return the name of a baseline; of the only one there is when it is empty.
+def stored_run_named(folder: Path, name: str) -> str:
+    """Return the name of a stored run; of the only one there is when it is empty.
 
     Raises:
         BadInputError: If it is empty and there is not exactly one.
@@ -73,22 +73,22 @@ def baseline_named(folder: Path, name: str) -> str:
     there = names_in(folder)
     if len(there) != 1:
         raise BadInputError(
-            f"--attribution-compare without a name needs exactly one baseline in {folder}, and there are {len(there)} "
-            f"({', '.join(there) or 'none'}); "
+            f"--attribution-compare without a name needs exactly one stored run in {folder}, and there are "
+            f"{len(there)} ({', '.join(there) or 'none'}); "
             + ("name one: --attribution-compare=NAME." if there else "save one with --attribution-save=NAME.")
         )
     return there[0]
 
 
-def save(folder: Path, name: str, baseline: Baseline, *, update: bool) -> bool:
-    """Write a baseline: all of it or, whatever happens, nothing.
+def save(folder: Path, name: str, stored_run: StoredRun, *, update: bool) -> bool:
+    """Write a stored run: all of it or, whatever happens, nothing.
 
     It is written to a file beside it, which then takes its place in one step. Writers wait for each other.
 
     Args:
-        folder: Where baselines are kept.
+        folder: Where stored runs are kept.
         name: Its name.
-        baseline: What to keep.
+        stored_run: What to keep.
         update: Whether one of the same name may be replaced.
 
     Returns:
@@ -99,14 +99,16 @@ def save(folder: Path, name: str, baseline: Baseline, *, update: bool) -> bool:
             or no number was measured.
     """
     path = path_of(folder, name)
-    if not baseline.verdicts:
-        raise BadInputError(f"baseline {name!r} was not saved: no gated claim was measured; run claims about methods.")
-    text = dumps(baseline)
+    if not stored_run.verdicts:
+        raise BadInputError(
+            f"stored run {name!r} was not saved: no gated claim was measured; run claims about methods."
+        )
+    text = dumps(stored_run)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / _LOCK):
         new = not path.exists()
         if not new:
-            _require_replaceable(folder, name, baseline, update)
+            _require_replaceable(folder, name, stored_run, update)
         unfinished = path.with_suffix(".json.tmp")
         with unfinished.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -118,16 +120,18 @@ def save(folder: Path, name: str, baseline: Baseline, *, update: bool) -> bool:
     return new
 
 
-def _require_replaceable(folder: Path, name: str, baseline: Baseline, update: bool) -> None:
+def _require_replaceable(folder: Path, name: str, stored_run: StoredRun, update: bool) -> None:
     if not update:
         raise BadInputError(
-            f"baseline {name!r} exists and was not replaced; add --attribution-update to replace it, or choose another "
-            "name."
+            f"stored run {name!r} exists and was not replaced; add --attribution-update to replace it, or choose "
+            "another name."
         )
-    lost = sorted({key_of(each) for each in read(folder, name).verdicts} - {key_of(each) for each in baseline.verdicts})
+    lost = sorted(
+        {key_of(each) for each in read(folder, name).verdicts} - {key_of(each) for each in stored_run.verdicts}
+    )
     if lost:
         raise BadInputError(
-            f"baseline {name!r} was not replaced: it has {some(map(label, lost), 'claim')} that this run did not "
+            f"stored run {name!r} was not replaced: it has {some(map(label, lost), 'claim')} that this run did not "
             "measure; run the whole suite that it was made from, or, if they are gone on purpose, remove it with "
             f"'python -m attribution baselines prune {name}' and save it anew."
         )
@@ -144,7 +148,7 @@ def _sync(folder: Path) -> None:
 
 
 def prune(folder: Path, names: Sequence[str]) -> None:
-    """Remove baselines, all of them or none.
+    """Remove stored runs, all of them or none.
 
     Raises:
         BadInputError: If one does not exist.
@@ -154,7 +158,7 @@ def prune(folder: Path, names: Sequence[str]) -> None:
         if not path.is_file():
             there = ", ".join(names_in(folder)) or "none"
             raise BadInputError(
-                f"there is no baseline {name!r} in {folder} (there: {there}); nothing was removed, name one of those."
+                f"there is no stored run {name!r} in {folder} (there: {there}); nothing was removed, name one of those."
             )
     for path in paths:
         path.unlink(missing_ok=True)

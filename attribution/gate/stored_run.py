@@ -1,7 +1,7 @@
-"""Baselines: what a run measured, kept as one JSON file that a person can read and a diff can show.
+"""Stored runs: what a run measured, kept as one JSON file that a person can read and a diff can show.
 
 It holds, for each model, what tells its weights apart, and for each claim its definition, its verdict and its effect
-on every prompt. A file that cannot be trusted is an error, never an empty baseline.
+on every prompt. A file that cannot be trusted is an error, never an empty stored run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from attribution.models.fingerprint import ModelFacts
 
 __all__ = [
     "DEFINING",
-    "Baseline",
+    "StoredRun",
     "Key",
-    "baseline_of",
+    "stored_run_of",
     "dumps",
     "is_finite",
     "key_of",
@@ -44,13 +44,15 @@ Key: TypeAlias = tuple[str, str, str]
 
 # Whether a claim takes part, and on which models it is binding, is not a part of what it says.
 _STORED = {name: kind for name, kind in get_type_hints(Claim).items() if name not in ("gated", "family")}
+# Fields that files name otherwise than the code does, so that the files of earlier versions can be read.
+_IN_FILE = {"effect_bounds": "extremes"}
 # A citation defines nothing: all that is left of a claim does.
 DEFINING = tuple(name for name in _STORED if name != "source")
 _NUMBERS = ("effect", "low", "high")
 
 
 @dataclass(frozen=True)
-class Baseline:
+class StoredRun:
     """What one run measured.
 
     Attributes:
@@ -108,7 +110,9 @@ def record_of(verdict: Verdict) -> dict[str, Any]:
         "model": verdict.model,
         # A threshold may be given as 0.
         "claim": {
-            name: float(getattr(verdict.claim, name)) if kind is float else getattr(verdict.claim, name)
+            _IN_FILE.get(name, name): float(getattr(verdict.claim, name))
+            if kind is float
+            else getattr(verdict.claim, name)
             for name, kind in _STORED.items()
         },
         "status": verdict.status.value,
@@ -122,7 +126,7 @@ def record_of(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def baseline_of(records: Sequence[dict[str, Any]], models: Mapping[str, ModelFacts]) -> Baseline:
+def stored_run_of(records: Sequence[dict[str, Any]], models: Mapping[str, ModelFacts]) -> StoredRun:
     """Return what a run measured.
 
     Args:
@@ -146,7 +150,7 @@ def baseline_of(records: Sequence[dict[str, Any]], models: Mapping[str, ModelFac
             )
     libraries = {name: metadata.version(name) for name in ("nnsight", "numpy", "torch", "transformers")}
     own = metadata.version("attribution-suite")
-    return Baseline(
+    return StoredRun(
         models=dict(sorted(models.items())),
         verdicts=tuple(verdicts),
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -155,7 +159,7 @@ def baseline_of(records: Sequence[dict[str, Any]], models: Mapping[str, ModelFac
 
 
 def key_of(verdict: Verdict) -> Key:
-    """Return what pairs a claim with itself in another run; also the order of a baseline."""
+    """Return what pairs a claim with itself in another run; also the order of a stored run."""
     return verdict.model, verdict.claim.method, verdict.claim.id
 
 
@@ -192,8 +196,9 @@ def _verdict(record: Mapping[str, Any]) -> Verdict:
         )
     nothing = float("nan")
     effect, low, high = (nothing if record[name] is None else float(record[name]) for name in _NUMBERS)
+    claim = Claim(**{name: record["claim"][_IN_FILE.get(name, name)] for name in _STORED})
     return Verdict(
-        Claim(**record["claim"]), record["model"], Status(record["status"]), effect, low, high,
+        claim, record["model"], Status(record["status"]), effect, low, high,
         record["n"], record["facts"], record["seed"], None, evidence,
     )  # fmt: skip
 
@@ -204,19 +209,19 @@ def _digest(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def dumps(baseline: Baseline) -> str:
-    """Return a baseline as JSON, one line for each claim's effects; each list of prompts stands there once.
+def dumps(stored_run: StoredRun) -> str:
+    """Return a stored run as JSON, one line for each claim's effects; each list of prompts stands there once.
 
     Raises:
         BadInputError: If a number is NaN or infinite.
     """
     lists: dict[str, dict[str, str]] = {}
     claims = []
-    for verdict in baseline.verdicts:
+    for verdict in stored_run.verdicts:
         if not is_finite(verdict):
             raise BadInputError(
                 f"claim {label(key_of(verdict))} has an effect that is NaN or infinite, which nothing can be compared "
-                "with; find out what broke before saving a baseline."
+                "with; find out what broke before storing the run."
             )
         record = record_of(verdict)
         if record["prompts"] is not None:
@@ -226,9 +231,9 @@ def dumps(baseline: Baseline) -> str:
         claims.append(record)
     content: dict[str, Any] = {
         "format": f"attribution baseline {FORMAT}",
-        "made": baseline.made,
-        "versions": dict(baseline.versions),
-        "models": {name: asdict(facts) for name, facts in baseline.models.items()},
+        "made": stored_run.made,
+        "versions": dict(stored_run.versions),
+        "models": {name: asdict(facts) for name, facts in stored_run.models.items()},
         "prompts": dict(sorted(lists.items())),
         "claims": claims,
     }
@@ -248,8 +253,8 @@ def _laid_out(value: object, indent: str = "") -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def loads(text: str) -> Baseline:
-    """Return the baseline that a text holds.
+def loads(text: str) -> StoredRun:
+    """Return the stored run that a text holds.
 
     Raises:
         ValueError: If it holds none, or one that was changed since it was written; the message completes "the
@@ -262,10 +267,10 @@ def loads(text: str) -> Baseline:
     except json.JSONDecodeError as error:
         raise ValueError(f"is not whole JSON ({error})") from None
     except RecursionError:
-        raise ValueError("is nested too deeply for a baseline") from None
+        raise ValueError("is nested too deeply for a stored run") from None
     written = content.get("format") if isinstance(content, dict) else None
     if not isinstance(written, str) or not written.startswith("attribution baseline "):
-        raise ValueError("is not a baseline of this package")
+        raise ValueError("is not a stored run of this package")
     if written != f"attribution baseline {FORMAT}":
         raise ValueError(f"has the format {written!r}, and this version reads 'attribution baseline {FORMAT}'")
     checksum = content.pop("checksum", None)
@@ -291,7 +296,7 @@ def loads(text: str) -> Baseline:
             raise ValueError(f"does not say which weights {verdict.model!r} had")
     if not all(isinstance(version, str) for version in content["versions"].values()):
         raise ValueError("has versions that are not texts")
-    return Baseline(models, verdicts, content["made"], content["versions"])
+    return StoredRun(models, verdicts, content["made"], content["versions"])
 
 
 _RECORD: dict[str, Any] = {
@@ -314,7 +319,7 @@ def _read_claim(record: object, lists: Mapping[str, dict[str, str]]) -> Verdict:
         where = f"claim {record['claim'].get('id')!r}"
     _require_fields(record, _RECORD, where)
     assert isinstance(record, dict)
-    _require_fields(record["claim"], _STORED, where)
+    _require_fields(record["claim"], {_IN_FILE.get(name, name): kind for name, kind in _STORED.items()}, where)
     if record["prompts"] is None:
         if record["effects"] is not None or record["baselines"] is not None:
             raise ValueError(f"gives effects but no prompts for {where}")

@@ -28,7 +28,7 @@ EDITS: dict[EditName, SublayerKind] = {"coefficient": "ffn", "mixed_value": "att
 
 # What an edit leaves alone in its own layer; in the layers before it, that is everything.
 _UNTOUCHED: dict[EditName, tuple[str, ...]] = {
-    "coefficient": ("resid_pre", "values", "pattern", "attention_gain", "attention_output", "resid_mid"),
+    "coefficient": ("resid_pre", "values", "pattern", "attention_post_scale", "attention_output", "resid_mid"),
     "mixed_value": ("resid_pre", "values", "pattern"),
     "source": ("resid_pre", "values", "pattern"),
 }
@@ -118,8 +118,8 @@ class Trial:
     def written(self, sublayer: SublayerKind, layer: int, inputs: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Return what a sublayer writes given its projection's inputs, and how far rounding can move it.
 
-        With V the value vectors, b the bias and f the fold, ``f * (inputs V + b) / s``. s is the scale of the norm that
-        follows, at what it then reads, as an edit changes the scale too; it is 1 where no norm follows.
+        With V the value vectors, b the bias and f the post-norm's weight, ``f * (inputs V + b) / s``. s is the scale of
+        the norm that follows, at what it then reads, as an edit changes the scale too; it is 1 where no norm follows.
         """
         anatomy, dtype = self.model.anatomy, self.plain.resid_pre.dtype
         own = anatomy.sublayer(layer, sublayer)
@@ -130,23 +130,23 @@ class Trial:
         terms = len(vectors) + len(inputs) + 1
         if norm is not None:
             terms += anatomy.width
-            gain = 1 / frozen_scale(raw, norm)[..., None]
+            post_scale = 1 / frozen_scale(raw, norm)[..., None]
             # Rounding of what the norm reads moves its scale too, relatively by the rms of the one over the other.
-            size = gain * (size + (gain * raw).abs() * size.square().mean(-1, keepdim=True).sqrt())
-            raw = gain * raw
-        fold = _fold(anatomy, sublayer, layer)
-        return fold * raw, rounding(dtype, terms, normed=norm is not None) * fold.abs() * size
+            size = post_scale * (size + (post_scale * raw).abs() * size.square().mean(-1, keepdim=True).sqrt())
+            raw = post_scale * raw
+        post_weight = _post_weight(anatomy, sublayer, layer)
+        return post_weight * raw, rounding(dtype, terms, normed=norm is not None) * post_weight.abs() * size
 
 
-def _fold(anatomy: Anatomy, sublayer: SublayerKind, layer: int) -> Tensor:
+def _post_weight(anatomy: Anatomy, sublayer: SublayerKind, layer: int) -> Tensor:
     weight = anatomy.sublayer(layer, sublayer).post_weight
     return torch.ones((), dtype=torch.float64) if weight is None else weight.double()
 
 
 def _lengths(anatomy: Anatomy, sublayer: SublayerKind, layer: int) -> Tensor:
-    """Return the L2 norm of what each neuron writes per unit of coefficient and gain, (neurons,)."""
+    """Return the L2 norm of what each neuron writes per unit of coefficient and post-norm scale, (neurons,)."""
     vectors = anatomy.sublayer(layer, sublayer).vectors
-    lengths: Tensor = torch.linalg.vector_norm(vectors.double() * _fold(anatomy, sublayer, layer), dim=-1)
+    lengths: Tensor = torch.linalg.vector_norm(vectors.double() * _post_weight(anatomy, sublayer, layer), dim=-1)
     return lengths
 
 
@@ -243,8 +243,10 @@ def _edit(trial: Trial, name: EditName, layer: int) -> _Edit:
     strongest = _lengths(anatomy, sublayer, layer).topk(min(_EDITED, neurons))
     live = bool(strongest.values[-1] > 0)
     stream = plain.resid_mid[layer, row].double().norm(dim=-1, keepdim=True)
-    gain = (plain.ffn_gain if sublayer == "ffn" else plain.attention_gain)[layer, row, :, None].double()
-    push = _PUSH * stream / (gain * strongest.values if live else torch.ones_like(strongest.values))
+    post_scale = (plain.ffn_post_scale if sublayer == "ffn" else plain.attention_post_scale)[
+        layer, row, :, None
+    ].double()
+    push = _PUSH * stream / (post_scale * strongest.values if live else torch.ones_like(strongest.values))
     if name != "source":
         mask = torch.zeros(rows, 1, neurons, dtype=torch.bool, device=device)
         mask[row, 0, strongest.indices] = True

@@ -80,8 +80,8 @@ class Model:
         self.__dict__.update(state, anatomy=anatomy, tokenizer=network.tokenizer, remote=False)
 
     @property
-    def on_site(self) -> Model:
-        """The same model for what runs where its weights are, see :func:`attribution.models.running.on_site`."""
+    def where_weights_are(self) -> Model:
+        """The same model as code sees it that already runs where the weights are: nothing is sent anywhere again."""
         return replace(self, remote=False)
 
     @property

@@ -18,10 +18,10 @@ from attribution.models.model import Model
 
 T = TypeVar("T")
 
-__all__ = ["on_site", "run"]
+__all__ = ["run", "run_where_weights_are"]
 
 
-def on_site(model: Model, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
+def run_where_weights_are(model: Model, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """Run a function where the model's weights are, and return its result.
 
     Elsewhere, it runs as one nnsight session, with all traces that it opens. Its code and that of everything it calls
@@ -45,7 +45,7 @@ def on_site(model: Model, work: Callable[..., T], *arguments: Any, **options: An
     from nnsight.intervention.backends.remote import RemoteError
 
     _make_portable()
-    here = model.on_site
+    here = model.where_weights_are
     try:
         with model.network.session(remote=model.remote):
             packed = nnsight.save(_packed(work(here, *arguments, **options)))

@@ -17,7 +17,7 @@ import pytest
 
 from attribution.errors import AttributionError
 from attribution.models.registry import Entry, entry_of, registry
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 __all__ = [
     "DECLARED",
@@ -154,4 +154,4 @@ def fetch(models: Mapping[str, int], config: pytest.Config) -> None:
                     allow_pickle=bool(options.attribution_allow_pickle),
                 )
         except AttributionError as error:
-            raise pytest.UsageError(f"{error} {counted(tests, 'test waits', 'tests wait')} for it.") from None
+            raise pytest.UsageError(f"{error} {pluralize(tests, 'test waits', 'tests wait')} for it.") from None

@@ -13,11 +13,11 @@ import pytest
 
 from attribution.errors import AttributionError
 from attribution.pytest_plugin.outcome import fail_run
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 if TYPE_CHECKING:
     from attribution.claims.exhibits import Exhibit
-    from attribution.gate.stored_run import Baseline
+    from attribution.gate.stored_run import StoredRun
 
 __all__ = ["COMPARE", "EXHIBIT", "LOADED", "MEASURED", "REPORT", "SAVE", "VERDICT", "Gate", "Report", "VerdictTable"]
 
@@ -118,7 +118,7 @@ class Gate:
     """Gathers what was measured from the reports of tests; compares and saves it at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
-        from attribution.gate.storage import FOLDER, baseline_named, path_of, read
+        from attribution.gate.storage import FOLDER, path_of, read, stored_run_named
         from attribution.pytest_plugin.policy import policy_of
 
         self._folder = config.rootpath / FOLDER
@@ -129,11 +129,11 @@ class Gate:
         if self._update and self._save is None:
             raise pytest.UsageError(f"--attribution-update has nothing to write; add {SAVE}=NAME, or leave it out.")
         # Whatever can be refused now need not wait until all is measured.
-        self._name: str = "" if compared is None else baseline_named(self._folder, compared)
-        self._baseline: Baseline | None = None if compared is None else read(self._folder, self._name)
+        self._name: str = "" if compared is None else stored_run_named(self._folder, compared)
+        self._stored_run: StoredRun | None = None if compared is None else read(self._folder, self._name)
         if self._save is not None and path_of(self._folder, self._save).exists() and not self._update:
             raise pytest.UsageError(
-                f"baseline {self._save!r} exists; add --attribution-update to replace it, or choose another name."
+                f"stored run {self._save!r} exists; add --attribution-update to replace it, or choose another name."
             )
         self._records: list[dict[str, Any]] = []
         self._facts: dict[str, dict[str, Any]] = {}
@@ -153,19 +153,19 @@ class Gate:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        from attribution.gate.stored_run import baseline_of
+        from attribution.gate.stored_run import stored_run_of
         from attribution.models.fingerprint import ModelFacts
 
-        if self._save is None and self._baseline is None:
+        if self._save is None and self._stored_run is None:
             return
         try:
-            run = baseline_of(self._records, {name: ModelFacts(**facts) for name, facts in self._facts.items()})
-            if self._baseline is not None:
-                self._compare(self._baseline, run)
+            run = stored_run_of(self._records, {name: ModelFacts(**facts) for name, facts in self._facts.items()})
+            if self._stored_run is not None:
+                self._compare(self._stored_run, run)
             if self._save is not None:
                 self._write(self._save, run, session)
         except AttributionError as error:
-            self._fail("what was measured makes no baseline", str(error))
+            self._fail("what was measured makes no stored run", str(error))
         if self._red:
             fail_run(session, f"attribution gate: {', '.join(self._red)}")
 
@@ -173,31 +173,31 @@ class Gate:
         self._red.append(short)
         self._lines.append(sentence)
 
-    def _compare(self, before: Baseline, run: Baseline) -> None:
+    def _compare(self, before: StoredRun, run: StoredRun) -> None:
         from attribution.gate.comparison import compare
         from attribution.report.comparison_text import comparison_lines
 
         comparison = compare(before, run, tolerance=self._policy.tolerance, allow=self._policy.allow)
         self._lines += comparison_lines(comparison, self._name, before, run)
         if comparison.problems:
-            self._red.append(f"not comparable with baseline {self._name!r}")
+            self._red.append(f"not comparable with stored run {self._name!r}")
         worse = len(comparison.of_kind("regressed", asserted=True))
         if worse and self._policy.regressions:
-            self._red.append(f"{worse} worse than in baseline {self._name!r}")
+            self._red.append(f"{worse} worse than in stored run {self._name!r}")
 
-    def _write(self, name: str, run: Baseline, session: pytest.Session) -> None:
+    def _write(self, name: str, run: StoredRun, session: pytest.Session) -> None:
         from attribution.gate.storage import path_of, save
 
-        short = f"baseline {name!r} was not saved"
+        short = f"stored run {name!r} was not saved"
         if self._broken:
             self._fail(
                 short,
-                f"{short}: {counted(len(self._broken), 'test')} failed before anything was measured, such as "
-                f"{self._broken[0]}; a baseline needs a whole run.",
+                f"{short}: {pluralize(len(self._broken), 'test')} failed before anything was measured, such as "
+                f"{self._broken[0]}; a stored run needs a whole run.",
             )
             return
         if session.shouldstop or session.shouldfail or session.exitstatus not in (0, 1, 5):
-            self._fail(short, f"{short}: the run was cut short; a baseline needs a whole run.")
+            self._fail(short, f"{short}: the run was cut short; a stored run needs a whole run.")
             return
         try:
             new = save(self._folder, name, run, update=self._update)
@@ -205,16 +205,16 @@ class Gate:
             self._fail(short, str(error))
             return
         path = path_of(self._folder, name)
-        self._lines.append(f"wrote {counted(len(run.verdicts), 'claim')} to {path}")
+        self._lines.append(f"wrote {pluralize(len(run.verdicts), 'claim')} to {path}")
         if new and not self._update:
             self._fail(
-                f"baseline {name!r} is new",
-                f"baseline {name!r} is new, and nothing was compared with it: read {path}, commit it, and compare the "
-                f"next run by {COMPARE}={name}.",
+                f"stored run {name!r} is new",
+                f"stored run {name!r} is new, and nothing was compared with it: read {path}, commit it, and compare "
+                f"the next run by {COMPARE}={name}.",
             )
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self._lines:
-            terminalreporter.section("attribution: baselines")
+            terminalreporter.section("attribution: comparison")
             for line in self._lines:
                 terminalreporter.write_line(line)

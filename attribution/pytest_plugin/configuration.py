@@ -26,7 +26,7 @@ from attribution.pytest_plugin.collectors import (
 from attribution.pytest_plugin.hookspecs import PluginHooks
 from attribution.pytest_plugin.options import add_options, spelled_out
 from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_worker
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 __all__ = [
     "pytest_addhooks",
@@ -68,7 +68,7 @@ def pytest_load_initial_conftests(
     """Read arguments as they are meant, once every option is known."""
     if SAVE in args:
         raise pytest.UsageError(f"{SAVE} came without a name; write {SAVE}=NAME, with the equals sign.")
-    # Or argparse would take the path that follows an option without "=" for the name of a baseline.
+    # Or argparse would take the path that follows an option without "=" for the name of a stored run.
     if COMPARE in args:
         args[:] = [f"{COMPARE}=" if each == COMPARE else each for each in args]
         # Read already, to find the conftest.py files of the paths.
@@ -147,9 +147,9 @@ def _prompts_described(config: pytest.Config) -> str:
     whence = config.option.attribution_prompts if own else "bundled"
     most = config.option.attribution_max_prompts
     seed = config.option.attribution_seed
-    prompts = counted(len(knowledge.prompts), "prompt")
+    prompts = pluralize(len(knowledge.prompts), "prompt")
     return (
-        f"{whence}, {prompts} of {counted(facts, 'fact')} in {', '.join(knowledge.words)}"
+        f"{whence}, {prompts} of {pluralize(facts, 'fact')} in {', '.join(knowledge.words)}"
         + (f"; at most {most} for each model" if most else "")
         + (f"; seed {seed}" if seed else "")
     )

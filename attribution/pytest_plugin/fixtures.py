@@ -176,7 +176,7 @@ def _record_for_the_gate(
     if facts is None:
         pytest.fail(
             f"claim {verdict.claim.id!r} is about the model {verdict.model!r}, which the fixture attribution_model did "
-            "not load, so no baseline can tell its weights; load it by --model=NAME, or set gated=False.",
+            "not load, so no stored run can tell its weights; load it by --model=NAME, or set gated=False.",
             pytrace=False,
         )
     record_property(MEASURED, {"record": record_of(verdict), "facts": asdict(facts)})

@@ -78,12 +78,12 @@ def add_options(parser: pytest.Parser) -> None:
         "load pickled weights where a model has no safetensors: unpickling can be made to run code",
         action="store_true",
     )
-    add("save", "store what this run measures as the baseline .attribution/NAME.json", metavar="NAME")
-    add("update", f"let {SAVE} replace a baseline", action="store_true")
+    add("save", "store what this run measures as the stored run .attribution/NAME.json", metavar="NAME")
+    add("update", f"let {SAVE} replace a stored run", action="store_true")
     add(
         "compare",
-        "fail on what is worse than in a baseline, and if the run is not comparable with it; NAME may be left out "
-        "where there is one baseline, and needs the equals sign",
+        "fail on what is worse than in a stored run, and if the run is not comparable with it; NAME may be left out "
+        "where there is one stored run, and needs the equals sign",
         metavar="NAME",
         nargs="?",
         const="",
@@ -91,11 +91,11 @@ def add_options(parser: pytest.Parser) -> None:
     add(
         "fail",
         "what turns a run red, separated by commas: verdicts (asserted claims that are not supported), regressions "
-        "(worse than the baseline), or regressions:X (by more than X in the unit of the claim); by default verdicts, "
+        "(worse than the stored run), or regressions:X (by more than X in the unit of the claim); by default verdicts, "
         f"and regressions with {COMPARE}",
         metavar="WHAT",
     )
-    add("allow", "what a run may differ in from its baseline, separated by commas: dtype, device", metavar="WHAT")
+    add("allow", "what a run may differ in from its stored run, separated by commas: dtype, device", metavar="WHAT")
     add(
         "report",
         "write a page, a Markdown summary, CSV and JSON of what this run measures to a folder; write "

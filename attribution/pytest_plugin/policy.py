@@ -20,9 +20,9 @@ class Policy:
 
     Attributes:
         verdicts: Whether asserted claims that are not supported do.
-        regressions: Whether asserted claims that are worse than in the baseline do.
+        regressions: Whether asserted claims that are worse than in the stored run do.
         tolerance: How much worse is not worth a word, in the unit of each claim.
-        allow: What the run may differ in from the baseline.
+        allow: What the run may differ in from the stored run.
     """
 
     verdicts: bool
@@ -37,7 +37,7 @@ class Policy:
         Args:
             fail: Words of ``--attribution-fail``, separated by commas; everything there is when ``None``.
             allow: Words of ``--attribution-allow``, separated by commas.
-            comparing: Whether the run is compared with a baseline.
+            comparing: Whether the run is compared with a stored run.
 
         Raises:
             BadInputError: If they cannot be meant.

@@ -1,4 +1,4 @@
-"""A comparison with a baseline as text: what was compared, what came of it, and how to accept it."""
+"""A comparison with a stored run as text: what was compared, what came of it, and how to accept it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from attribution.gate.comparison import Change, Comparison
-from attribution.gate.stored_run import Baseline, key_of, label
+from attribution.gate.stored_run import StoredRun, key_of, label
 
 __all__ = ["comparison_lines"]
 
@@ -14,19 +14,19 @@ __all__ = ["comparison_lines"]
 _SHOWN = 5
 
 
-def comparison_lines(comparison: Comparison, name: str, before: Baseline, after: Baseline) -> list[str]:
-    """Return the lines that end a run which was compared with a baseline.
+def comparison_lines(comparison: Comparison, name: str, before: StoredRun, after: StoredRun) -> list[str]:
+    """Return the lines that end a run which was compared with a stored run.
 
     Args:
         comparison: The comparison.
-        name: Name of the baseline.
-        before: The baseline.
+        name: Name of the stored run.
+        before: The stored run.
         after: The run.
     """
     kinds = Counter(each.kind for each in comparison.changes)
     worse, reported = (comparison.of_kind("regressed", asserted=asserted) for asserted in (True, False))
     lines = [
-        f"{len(comparison.changes)} of {len(before.verdicts)} claims of baseline {name!r} ({before.made}): "
+        f"{len(comparison.changes)} of {len(before.verdicts)} claims of stored run {name!r} ({before.made}): "
         f"{kinds['unchanged']} unchanged, {kinds['changed']} changed within their intervals, "
         f"{kinds['improved']} improved, {len(worse)} regressed, {len(reported)} worse but only reported"
     ]
@@ -41,9 +41,7 @@ def comparison_lines(comparison: Comparison, name: str, before: Baseline, after:
     for what, changes in (("regressed", worse), ("worse, only reported", reported)):
         lines += _surest(what, changes)
     if comparison.problems or kinds["regressed"] or kinds["improved"]:
-        lines.append(
-            f"to take this run as the new baseline: --attribution-save={name} --attribution-update, and commit the file"
-        )
+        lines.append(f"to store this run instead: --attribution-save={name} --attribution-update, and commit the file")
     return lines
 
 

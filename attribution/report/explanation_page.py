@@ -53,9 +53,9 @@ def _layers(explanation: Explanation) -> str:
         for offset, (name, scores) in enumerate(
             (("attention", explanation.attention_layers), ("FFN", explanation.ffn_layers))
         ):
-            places = [layer + 0.4 * (offset - 0.5) for layer in layers]
+            indices = [layer + 0.4 * (offset - 0.5) for layer in layers]
             axes.bar(
-                places, scores, 0.4, label=name, color=COLORS[offset], hatch=HATCHES[offset], edgecolor="white", lw=0
+                indices, scores, 0.4, label=name, color=COLORS[offset], hatch=HATCHES[offset], edgecolor="white", lw=0
             )
         # No tick for a layer that does not exist.
         axes.set_xlim(-0.6, len(layers) - 0.4)

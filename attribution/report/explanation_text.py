@@ -249,14 +249,14 @@ def _query_layers(explanation: Explanation) -> Section:
     for unit in ("ffn", "attention"):
         found = [each for each in explanation.query_layers if each.value_unit == unit]
         if found:
-            columns += [f"wake {_SUBLAYER[unit]} neurons", _numbers(f"score, {_SUBLAYER[unit]}")]
+            columns += [f"activate {_SUBLAYER[unit]} neurons", _numbers(f"score, {_SUBLAYER[unit]}")]
             best = sorted(found, key=lambda each: -each.score)[:10]
             sides.append([(_component(each), _signed(each.score)) for each in best])
     left_out = f" ({explanation.query_left_out} left out)" if explanation.query_left_out else ""
     return Section(
         "query_layers",
         "Query layers",
-        f"What wakes the {explanation.query_value_neurons} best value neurons{left_out}: each component's share of "
+        f"What activates the {explanation.query_value_neurons} best value neurons{left_out}: each component's share of "
         "what a neuron reads, times the neuron's score, summed over FFN and over attention value neurons, in nats. "
         f"Shares are of sums that cancel up to {_number(explanation.query_amplification)} to 1.",
         _table(
@@ -273,8 +273,8 @@ def _query_neurons(explanation: Explanation) -> Section:
     return Section(
         "query_neurons",
         "Query FFN neurons",
-        "The FFN neurons that do most to wake those attention value neurons, at their source positions; query score in "
-        "nats."
+        "The FFN neurons that do most to activate those attention value neurons, at their source positions; query "
+        "score in nats."
         if explanation.query_neurons
         else "No FFN layer comes before the attention value neurons.",
         _table(

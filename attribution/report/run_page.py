@@ -110,11 +110,11 @@ def _by_model(rows: Iterable[VerdictRow]) -> dict[str, list[VerdictRow]]:
 def _counts(rows: Iterable[VerdictRow]) -> Table:
     """Return how many claims of each model have which verdict; those that are only reported are counted apart."""
     columns = Column("model"), *(Column(name, "number") for name in (*STATUSES, "only reported"))
-    counted = []
+    pluralize = []
     for model, found in _by_model(rows).items():
         counts = Counter(status_of(row) if row["asserted"] else "only reported" for row in found)
-        counted.append([model, *(str(counts[column.heading]) for column in columns[1:])])
-    return Table.of(columns, counted)
+        pluralize.append([model, *(str(counts[column.heading]) for column in columns[1:])])
+    return Table.of(columns, pluralize)
 
 
 def _verdict_tables(rows: Sequence[VerdictRow]) -> list[tuple[str, Table]]:
@@ -183,8 +183,8 @@ def _write_csv(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, A
 
 def _ordered(exhibits: Iterable[Exhibit]) -> list[Exhibit]:
     """Return exhibits in the paper's order, and by model: not as they came, which differs between workers."""
-    places = {name: place for place, name in enumerate(_NUMBERS)}
-    return sorted(exhibits, key=lambda each: (places.get(each.name, len(places)), each.name, each.model))
+    indices = {name: place for place, name in enumerate(_NUMBERS)}
+    return sorted(exhibits, key=lambda each: (indices.get(each.name, len(indices)), each.name, each.model))
 
 
 def run_header(

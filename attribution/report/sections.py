@@ -80,7 +80,7 @@ SECTIONS = (
     ),
     Section(
         "Table 6",
-        "The layers that wake the FFN value neurons",
+        "The layers that activate the FFN value neurons",
         f"The ten best query layers of the top 100 FFN value neurons, on {_BOTH}, best first.",
     ),
     Section(
@@ -122,7 +122,7 @@ SECTIONS = (
     ),
     Section(
         "Table 14",
-        "The layers that wake the attention value neurons",
+        "The layers that activate the attention value neurons",
         f"The ten best query layers of the top 200 attention value neurons, on {_BOTH}, best first.",
     ),
     Section("Figure 1", "The method", "A drawing of the method. Nothing is measured in it.", measured=False),

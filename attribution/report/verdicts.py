@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from attribution.claims.judge import Verdict
 from attribution.report.table import Column, Table
-from attribution.wording import counted
+from attribution.wording import pluralize
 
 __all__ = [
     "STATUSES",
@@ -93,7 +93,7 @@ def verdict_table(rows: Sequence[VerdictRow]) -> str:
         counts.append(f"{len(reported)} reported")
     waived = Counter(row["model"] for row in ordered if row["waived"])
     notes = [
-        f"{counted(number, 'claim was', 'claims were')} not binding on {model}; --attribution-assert makes "
+        f"{pluralize(number, 'claim was', 'claims were')} not binding on {model}; --attribution-assert makes "
         f"{'it' if number == 1 else 'them'} so"
         for model, number in waived.items()
     ]

@@ -17,7 +17,7 @@ from scipy import stats
 
 import attribution as at
 from attribution.claims.about_methods.query_neurons import query_budget
-from attribution.claims.about_models import ablated, curves, layers, neurons, waking, words
+from attribution.claims.about_models import ablated, curves, layers, neurons, query_side, words
 from attribution.claims.about_models.survey import Survey, depth, survey, survey_of
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict
@@ -56,7 +56,7 @@ def found(bench: Workbench) -> Survey:
 
 def test_a_smaller_survey_is_a_part_of_a_larger_one_and_takes_so_many_of_each_category(bench: Workbench) -> None:
     small, large = survey_of(bench, 4), survey_of(bench, 9)
-    assert set(small.places) < set(large.places)
+    assert set(small.indices) < set(large.indices)
     for category in CATEGORIES:
         known = sum(prompt.category == category for prompt in bench.prompts)
         assert [len(each.of(category)) for each in (small, large)] == [min(4, known), min(9, known)]
@@ -69,10 +69,10 @@ def test_layers_add_up_to_the_whole_rise_of_the_curve(bench: Workbench, found: S
 
 
 def test_layers_and_heads_are_in_the_order_of_their_records(found: Survey) -> None:
-    ranking = at.attribute(found.bench.model, found.bench.prompts[found.places[3]], unit="layer", k=None)
+    ranking = at.attribute(found.bench.model, found.bench.prompts[found.indices[3]], unit="layer", k=None)
     for record, score in zip(ranking.neurons, ranking.scores.tolist(), strict=True):
         assert found.layers[3, found.records("layer").index(record)] == pytest.approx(score, abs=ROUNDING)
-    heads = at.attribute(found.bench.model, found.bench.prompts[found.places[3]], unit="head", k=3)
+    heads = at.attribute(found.bench.model, found.bench.prompts[found.indices[3]], unit="head", k=3)
     best = np.argsort(-found.heads[3], kind="stable")[:3]
     assert [found.records("head")[place] for place in best] == heads.neurons
 
@@ -83,7 +83,7 @@ def test_layers_and_heads_are_in_the_order_of_their_records(found: Survey) -> No
 def test_contributions_are_sums_of_the_layers_of_each_kind(bench: Workbench, found: Survey) -> None:
     frame = layers.contributions(bench).to_frame().set_index(["category", "kind"])["total"]
     for category, kind in product(CATEGORIES, ("attention", "ffn")):
-        own = [place for place in found.places if bench.prompts[place].category == category]
+        own = [place for place in found.indices if bench.prompts[place].category == category]
         rankings = at.attribute(bench.model, [bench.prompts[place] for place in own], unit="layer", k=None)
         sums = [
             sum(score for record, score in zip(each.neurons, each.scores.tolist(), strict=True) if record.kind == kind)
@@ -95,7 +95,7 @@ def test_contributions_are_sums_of_the_layers_of_each_kind(bench: Workbench, fou
 def test_depth_of_top_layers_is_that_of_the_ranking(bench: Workbench, found: Survey) -> None:
     verdict = verdict_of(LAYERS_LIE_DEEP, bench, attribution_category="color")
     rankings = at.attribute(
-        bench.model, [bench.prompts[found.places[row]] for row in found.of("color")], unit="layer", k=found.top_layers
+        bench.model, [bench.prompts[found.indices[row]] for row in found.of("color")], unit="layer", k=found.top_layers
     )
     last = bench.model.anatomy.layers - 1
     by_hand = [np.mean([record.layer / last for record in each.neurons]) - 0.5 for each in rankings]
@@ -142,7 +142,7 @@ def _swapped(bench: Workbench) -> dict[str, str]:
 
 def test_sums_of_neurons_by_scoring_all(bench: Workbench) -> None:
     measured, sums = neurons._sums(bench, "ffn")
-    ranking = at.attribute(bench.model, bench.prompts[measured.places[0]], k=None)
+    ranking = at.attribute(bench.model, bench.prompts[measured.indices[0]], k=None)
     scores = ranking.scores.numpy()
     assert sums["all"][0] == pytest.approx(scores.sum(), abs=ROUNDING)
     assert sums["positive"][0] == pytest.approx(scores[scores > 0].sum(), abs=ROUNDING)
@@ -177,7 +177,7 @@ def test_neurons_drawn_in_each_layer_share_no_more_than_expected(bench: Workbenc
 
 def test_depth_of_methods_counts_the_layers_of_top_tens(bench: Workbench, found: Survey) -> None:
     frame = neurons.depth_of_methods(bench).to_frame()
-    prompts = [bench.prompts[place] for place in found.places]
+    prompts = [bench.prompts[place] for place in found.indices]
     for name in ("log_prob_increase", "prob_increase"):
         counts = np.zeros(bench.model.anatomy.layers)
         for ranking in at.attribute(bench.model, prompts, method=name, k=10):
@@ -223,7 +223,7 @@ def test_hits_are_other_words_of_the_category(bench: Workbench, found: Survey) -
     for row, prompt in enumerate(of_prompt):
         own, answer = (
             bench.sample.knowledge.words[found.categories[row]],
-            bench.prompts[found.places[row]].answer.strip(),
+            bench.prompts[found.indices[row]].answer.strip(),
         )
         for raised in (*prompt.top, *prompt.others):
             said = [decode([token]).strip() for token in raised.tokens]
@@ -256,8 +256,8 @@ def test_neurons_do_not_raise_the_words_of_another_category(bench: Workbench) ->
 
 
 def test_parts_in_waking_add_up_with_the_embedding_and_the_biases(found: Survey) -> None:
-    shares = waking._shares(found, "attention")
-    for row in (0, len(found.places) - 1):
+    shares = query_side._shares(found, "attention")
+    for row in (0, len(found.indices) - 1):
         frame = found.queries[row].layers
         own = frame[frame["value_unit"] == "attention"].set_index(["component", "layer"])["query_score"]
         rest = own[[each for each in own.index if each[0] in ("embedding", "bias")]].sum() / own.sum()
@@ -267,12 +267,12 @@ def test_parts_in_waking_add_up_with_the_embedding_and_the_biases(found: Survey)
 
 
 def test_query_neurons_are_split_by_whether_they_are_value_neurons(bench: Workbench, found: Survey) -> None:
-    only, both = waking._split(found)
+    only, both = query_side._split(found)
     number = query_budget(bench)
     assert (only.sum(1) + both.sum(1) == number).all()
     for row in (0, 5):
-        values, wakers = (set(each[row].neurons[:number]) for each in (found.ffn, found.queries))
-        assert both[row].sum() == len(values & wakers)
+        values, queries = (set(each[row].neurons[:number]) for each in (found.ffn, found.queries))
+        assert both[row].sum() == len(values & queries)
 
 
 # Curves
@@ -284,7 +284,7 @@ def test_the_curve_by_walking_from_the_embedding(bench: Workbench, found: Survey
     from attribution.engine.trace import read_activations
     from attribution.prompts.tokens import pad
 
-    question = bench.sample.questions[found.places[0]]
+    question = bench.sample.questions[found.indices[0]]
     activations = read_activations(bench.model, pad([question.ids]))
     start, end = activations.resid_pre[0, 0].double(), activations.resid_final[0].double()
     readout = bench.model.anatomy.readout
@@ -332,9 +332,9 @@ def test_exhibits_are_plain_and_cover_every_category(bench: Workbench) -> None:
         neurons.shared_neurons(bench),
         neurons.depth_of_methods(bench),
         words.interpretable_neurons(bench),
-        waking.query_layers_of_ffn_neurons(bench),
-        waking.query_layers_of_attention_neurons(bench),
-        waking.query_and_value_neurons(bench),
+        query_side.query_layers_of_ffn_neurons(bench),
+        query_side.query_layers_of_attention_neurons(bench),
+        query_side.query_and_value_neurons(bench),
         curves.curve(bench),
         ablated.by_heads(bench),
         ablated.by_query_neurons(bench),

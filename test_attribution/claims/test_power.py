@@ -18,7 +18,7 @@ from attribution.claims.bench import Workbench
 from attribution.claims.error_rates import error_rates
 from attribution.claims.judge import Claim, Evidence, Status
 from attribution.claims.sample import Sample
-from attribution.gate import stored_run as baselines
+from attribution.gate import stored_run
 from attribution.prompts.knowledge import CATEGORIES, load_knowledge
 
 # Tests are not a package, so this folder is on the path only while its module is imported.
@@ -108,8 +108,8 @@ def test_family_of_claims_errs_no_more_than_one_claim_does() -> None:
     assert np.reshape(supported, (families, 7)).any(1).mean() <= 0.05
 
 
-def _extreme_claim(extremes: str, threshold: float, test: str = "above") -> Claim:
-    return Claim("c", "a sentence", "ours", "an effect", test, threshold, "a control", extremes=extremes)  # type: ignore[arg-type]
+def _extreme_claim(effect_bounds: str, threshold: float, test: str = "above") -> Claim:
+    return Claim("c", "a sentence", "ours", "an effect", test, threshold, "a control", effect_bounds=effect_bounds)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("hits", [0, 3, 60, 97, 100])
@@ -155,7 +155,7 @@ BASELINE = Path(__file__).resolve().parents[2] / ".attribution" / "bundled.json"
 @pytest.mark.parametrize("model", ["bundled:gpt2", "bundled:llama"])
 def test_every_claim_of_the_suite_is_supported_in_at_most_5_percent_of_samples_where_it_is_false(model: str) -> None:
     """By what the bundled models measured, with as few facts as the claim can be decided by."""
-    measured = [each for each in baselines.loads(BASELINE.read_text(encoding="utf-8")).verdicts if each.model == model]
+    measured = [each for each in stored_run.loads(BASELINE.read_text(encoding="utf-8")).verdicts if each.model == model]
     rates = {each.claim.id: power.rates_of(each, samples=SAMPLES) for each in measured if each.evidence is not None}
     assert len(rates) > 100
     assert {name: each.false_positive for name, each in rates.items() if each.false_positive > power.LIMIT} == {}

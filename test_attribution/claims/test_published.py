@@ -407,11 +407,11 @@ WORDS = ["The", "capital", "of", "France", "Italy", "is", "number", "legs", "tha
 def _suitable(notebook: Notebook) -> bool:
     """Whether the first prediction can be given as an answer, and no value neuron's input nearly cancels."""
     ids = notebook.tokenizer(f"{notebook.prompt} {notebook.text(notebook.token).lstrip()}")["input_ids"]
-    woken = [*notebook.ffn_neurons[:VALUE_NEURONS], *notebook.attention_neurons[:VALUE_NEURONS]]
+    named = [*notebook.ffn_neurons[:VALUE_NEURONS], *notebook.attention_neurons[:VALUE_NEURONS]]
     return (
         ids == [*notebook.ids, notebook.token]
         and notebook.text(notebook.token).strip() != ""
-        and max(notebook.amplification(name) for name, _ in woken) < AMPLIFICATION
+        and max(notebook.amplification(name) for name, _ in named) < AMPLIFICATION
         and notebook.query_neurons(notebook.attention_neurons[:1]) != []
     )
 
@@ -758,8 +758,8 @@ def test_published_lists_fall_and_name_what_there_is(published: tuple[str, dict[
         layer, number = map(int, head.split("_"))
         assert layer < layers
         assert number < heads
-    places = {place for place, _ in lists["query_layers_of_ffn_neurons"]}
-    assert places == {number / 2 - 0.5 for number in range(2 * layers + 1)}
+    indices = {place for place, _ in lists["query_layers_of_ffn_neurons"]}
+    assert indices == {number / 2 - 0.5 for number in range(2 * layers + 1)}
     assert {position for position, _ in lists["head_by_position"]} == set(range(length))
     assert [len(figures["layers"][kind]) for kind in ("attention", "ffn")] == [layers, layers]
 

@@ -228,9 +228,9 @@ def _flipped(table_ranges: dict[str, torch.Tensor]) -> Method:
         table = candidates.table
         if table.unit not in table_ranges:
             found = []
-            for slot, vectors in enumerate(table.vectors):
+            for sublayer_index, vectors in enumerate(table.vectors):
                 rows = torch.arange(len(vectors))
-                logits = table.unscaled_logits(torch.full_like(rows, slot), rows)
+                logits = table.unscaled_logits(torch.full_like(rows, sublayer_index), rows)
                 found.append(logits.amax(-1) - logits.amin(-1))
             table_ranges[table.unit] = torch.cat(found)
         return candidates.of_vector(table_ranges[table.unit]) * candidates.coefficient.abs() / candidates.scale

@@ -147,7 +147,7 @@ def _queries(bench: Workbench, place: int, method: str = METHOD) -> list[FFNNeur
     return at.query(bench.model, prompt, value_neurons=values, k=7).neurons
 
 
-# The judged method decides which value neurons are woken.
+# The judged method decides which value neurons are activated.
 @pytest.mark.parametrize(("metric", "method"), [("mrr", METHOD), ("prob", METHOD), ("logp", METHOD), ("logp", OTHER)])
 def test_query_neurons_are_compared_with_random_ones_by_what_edited_weights_leave(
     bench: Workbench, metric: str, method: str
@@ -249,13 +249,13 @@ def test_random_neurons_that_are_not_random_are_found_to_have_an_effect(
 
 @given(st.lists(st.sampled_from(CATEGORIES), max_size=40), st.integers(0, 3))
 def test_every_fact_is_paired_with_an_unrelated_one_of_its_own(categories: list[str], seed: int) -> None:
-    pairs = specificity.strangers(categories, seed)
+    pairs = specificity.unrelated(categories, seed)
     assert set(pairs) == set(pairs.values())
     assert not any(specificity.are_related(categories[one], categories[other]) for one, other in pairs.items())
     groups = Counter("related" if each in ("language", "capital", "country") else each for each in categories)
     largest = max(groups.values(), default=0)
     assert len(pairs) == min(len(categories), 2 * (len(categories) - largest))
-    assert specificity.strangers(categories, seed) == pairs
+    assert specificity.unrelated(categories, seed) == pairs
 
 
 def test_related_categories_are_those_of_the_papers_table() -> None:
@@ -270,7 +270,7 @@ def test_related_categories_are_those_of_the_papers_table() -> None:
 def test_a_prompt_is_compared_with_itself_without_the_neurons_of_its_partner(
     bench: Workbench, chosen: str, numbers: dict[str, int], method: str
 ) -> None:
-    pairs = specificity.strangers([prompt.category for prompt in bench.prompts])
+    pairs = specificity.unrelated([prompt.category for prompt in bench.prompts])
     assert len(pairs) == len(PROMPTS)
 
     def left(place: int, giver: int) -> Outcome:
@@ -297,7 +297,7 @@ def test_claims_on_facts_fail_with_neurons_that_are_not_specific(
     intact = verdict_of(HURT_THEIR_FACT, trained_bench, chosen=chosen)
     assert _status(intact) is Status.SUPPORTED
     # What is said to be a stranger's is a prompt's own: the same neurons on either side.
-    monkeypatch.setattr(specificity, "strangers", lambda of, *_: {place: place for place in range(len(of))})
+    monkeypatch.setattr(specificity, "unrelated", lambda of, *_: {place: place for place in range(len(of))})
     fresh = _bench(trained_bench.model, trained_bench.sample.known)
     assert _status(verdict_of(HURT_THEIR_FACT, fresh, chosen=chosen)) is Status.REFUTED
     if chosen == "value neurons":
@@ -351,8 +351,8 @@ def _known_heads(monkeypatch: pytest.MonkeyPatch, bench: Workbench, left: dict[s
     category_of = {prompt.text: prompt.category for prompt in bench.prompts}
     heads = bench.model.anatomy.heads
 
-    def scores(bench: Workbench, method: str, places: list[int]) -> Any:
-        best = [(names.index(bench.prompts[place].category) + shift) % len(names) for place in places]
+    def scores(bench: Workbench, method: str, indices: list[int]) -> Any:
+        best = [(names.index(bench.prompts[place].category) + shift) % len(names) for place in indices]
         return np.eye(12)[best]
 
     def outcomes(model: at.Model, questions: list[Any], variants: list[list[Any]]) -> Any:

@@ -130,16 +130,16 @@ def test_search_for_fewer_is_not_run_again(bench: Workbench, monkeypatch: pytest
             searched.append((len(questions), wanted)) or rank_all(model, questions, wanted, *options, **more)
         ),
     )
-    places, method = [0, 1], "log_prob_increase"
-    bench.ranked((method,), {"ffn": 5}, places=[1])
+    indices, method = [0, 1], "log_prob_increase"
+    bench.ranked((method,), {"ffn": 5}, indices=[1])
     assert searched == [(1, {method: {"ffn": 5}})]
-    found = bench.ranked((method, "output_norm"), {"ffn": 9, "attention": 4}, places=places)
+    found = bench.ranked((method, "output_norm"), {"ffn": 9, "attention": 4}, indices=indices)
     assert searched[1:] == [
         (2, {method: {"ffn": 9, "attention": 4}, "output_norm": {"ffn": 9, "attention": 4}}),
     ]
-    fewer = bench.ranked(("output_norm", method), {"ffn": 3}, places=places)
+    fewer = bench.ranked(("output_norm", method), {"ffn": 3}, indices=indices)
     for k, unit in ((3, "ffn"), (2, "attention"), (9, "ffn")):
-        for place, ranking in zip(places, bench.rankings(method, unit, k, places=places), strict=True):
+        for place, ranking in zip(indices, bench.rankings(method, unit, k, indices=indices), strict=True):
             prompt = bench.prompts[place]
             alone = at.attribute(bench.model, prompt, unit=unit, method=method, k=k)
             assert (ranking.neurons, ranking.tokens) == (alone.neurons, alone.tokens)
@@ -148,7 +148,7 @@ def test_search_for_fewer_is_not_run_again(bench: Workbench, monkeypatch: pytest
     for own, more in zip(fewer, found, strict=True):
         assert own["output_norm"]["ffn"].neurons == more["output_norm"]["ffn"].neurons[:3]
     assert [number for number, _ in searched if number] == [1, 2]
-    bench.ranked((method,), {"ffn": 3}, places=places, seed=1)
+    bench.ranked((method,), {"ffn": 3}, indices=indices, seed=1)
     assert [number for number, _ in searched if number] == [1, 2, 2]
 
 
@@ -159,7 +159,7 @@ def test_verdict_carries_what_was_measured_by_prompt(bench: Workbench) -> None:
     assert verdict.evidence.facts == tuple(prompt.fact for prompt in bench.prompts)
     assert (verdict.evidence.effects, verdict.evidence.baselines) == ((1.0, 2.0), (4.0, 4.0))
     assert (verdict.seed, verdict.note, verdict.effect) == (3, "cheap", 0.375)
-    part = bench.judge(CLAIM, [1.0], places=[1])
+    part = bench.judge(CLAIM, [1.0], indices=[1])
     assert part.evidence is not None
     assert part.evidence.facts == ("capital/country_capital/Italy",)
 

@@ -407,7 +407,7 @@ def test_behind_a_norm_integrated_gradients_are_a_multiple_of_the_gradient(archi
     # But for the norm's epsilon, measured against the mean square of its input: a quarter of what it is at the end.
     seen = read_activations(model, batch, positions="all")
     eps = max(norm.eps for norm in (own.post_norm for own in anatomy.ffn + anatomy.attention) if norm is not None)
-    off = 4 * eps * float(max(seen.ffn_gain.max(), seen.attention_gain.max())) ** 2
+    off = 4 * eps * float(max(seen.ffn_post_scale.max(), seen.attention_post_scale.max())) ** 2
     for found, expected in zip(half_way, gradient, strict=True):
         # Ten times that, for what later layers make of it.
         torch.testing.assert_close(found, 2 * expected, rtol=0, atol=10 * off * float(found.abs().max()))

@@ -63,11 +63,11 @@ def _some_neurons(anatomy: Anatomy, length: int, number: int) -> list[Neuron]:
     everything = _every_neuron(anatomy, length)
     generator = torch.Generator().manual_seed(5)
     ffn = anatomy.layers * anatomy.ffn_neurons
-    places = [
+    indices = [
         torch.randperm(ffn, generator=generator),
         ffn + torch.randperm(len(everything) - ffn, generator=generator),
     ]
-    return [everything[place] for part in places for place in part[:number].tolist()]
+    return [everything[place] for part in indices for place in part[:number].tolist()]
 
 
 def _steady_neurons(model: at.Model, number: int, prompt: str = PROMPT, **options: Any) -> list[Neuron]:
@@ -445,7 +445,7 @@ def test_query_neurons_and_the_bias_add_up_to_their_layer(traced: Traced) -> Non
     weights = scores / readings.terms.sum(0)
     found, layers = _by_neuron(result), _total(result.layers, "attention")
     for layer in range(max(neuron.layer for neuron in neurons)):
-        fold = (
+        post_weight = (
             torch.ones(anatomy.width)
             if anatomy.sublayer(layer, "ffn").post_weight is None
             else anatomy.sublayer(layer, "ffn").post_weight
@@ -455,8 +455,8 @@ def test_query_neurons_and_the_bias_add_up_to_their_layer(traced: Traced) -> Non
         for number, neuron in enumerate(neurons):
             if neuron.layer <= layer:
                 continue
-            gain = activations.ffn_gain[layer, 0, neuron.position].double()
-            key, weight = readings.folded[number] * fold.double() * gain, weights[number]
+            post_scale = activations.ffn_post_scale[layer, 0, neuron.position].double()
+            key, weight = readings.folded[number] * post_weight.double() * post_scale, weights[number]
             expected += 0.0 if bias is None else float(weight * (bias.double() @ key))
             m = activations.coefficients[layer, 0, neuron.position].double()
             # The layer's output is a float32 dot product over its neurons; the rest is float64.

@@ -42,15 +42,15 @@ def _states(unit: str, record: Any, activations: Activations, model: at.Model) -
         after = activations.resid_mid if record.kind == "attention" else activations.resid_post
         return before, after[layer, 0].double()
     kind = "ffn" if isinstance(record, at.FFNNeuron) else "attention"
-    gain = getattr(activations, f"{kind}_gain")[layer, 0].double()
-    fold = anatomy.sublayer(layer, kind).post_weight
-    fold = torch.ones(anatomy.width) if fold is None else fold
+    post_scale = getattr(activations, f"{kind}_post_scale")[layer, 0].double()
+    post_weight = anatomy.sublayer(layer, kind).post_weight
+    post_weight = torch.ones(anatomy.width) if post_weight is None else post_weight
     if isinstance(record, at.FFNNeuron):
         written = (
             activations.coefficients[layer, 0, record.index].double()
             * anatomy.sublayer(layer, "ffn").vectors[record.index]
         )
-        return before, before + gain * fold * written
+        return before, before + post_scale * post_weight * written
     written = torch.zeros(anatomy.width, dtype=torch.float64)
     positions = range(activations.pattern.shape[-1]) if isinstance(record, at.Head) else [record.position]
     dims = [record.dim] if isinstance(record, at.AttentionNeuron) else range(anatomy.head_dim)
@@ -63,7 +63,7 @@ def _states(unit: str, record: Any, activations: Activations, model: at.Model) -
                 * value
                 * anatomy.sublayer(layer, "attention").vectors[record.head * anatomy.head_dim + dim].double()
             )
-    return before, before + gain * fold * written
+    return before, before + post_scale * post_weight * written
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -168,9 +168,9 @@ def test_steps_are_for_integrated_gradients(model: at.Model) -> None:
 
 def test_chosen_neurons_score_as_they_rank(model: at.Model) -> None:
     ranking = at.attribute(model, PROMPT, ANSWER, unit="neuron", k=None)
-    places = [0, 7, 100, len(ranking) - 1, 7]
-    chosen = [ranking.neurons[place] for place in places]
-    assert torch.equal(scores_of(model, PROMPT, ANSWER, chosen), ranking.scores[places])
+    indices = [0, 7, 100, len(ranking) - 1, 7]
+    chosen = [ranking.neurons[place] for place in indices]
+    assert torch.equal(scores_of(model, PROMPT, ANSWER, chosen), ranking.scores[indices])
     with pytest.raises(BadInputError, match=r"FFNNeuron\(layer=99, index=0\) is not among"):
         scores_of(model, PROMPT, ANSWER, [at.FFNNeuron(99, 0)])
 

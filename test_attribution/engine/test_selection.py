@@ -58,16 +58,16 @@ def sets_of_candidates(draw: st.DrawFn, unit: Unit = "ffn") -> Candidates:
         vectors = [vectors[0]] * len(sublayers)
     if draw(st.booleans()):
         vectors[0] = vectors[0][:1].repeat(rows, 1)
-    folds = [numbers(width) if draw(st.booleans()) else None for _ in sublayers]
+    post_weights = [numbers(width) if draw(st.booleans()) else None for _ in sublayers]
     norm = Norm(numbers(width) if draw(st.booleans()) else None, None, 1e-5, centred=draw(st.booleans()))
     readout = Readout(numbers(vocabulary, width), None, norm, draw(st.sampled_from([1.0, 0.25])), None)
-    table = VectorTable(unit, sublayers, tuple(vectors), tuple(folds), readout, per_head=1)
-    index, slot, row, position = table.places(positions)
+    table = VectorTable(unit, sublayers, tuple(vectors), tuple(post_weights), readout, per_head=1)
+    index, sublayer_index, row, position = table.indices(positions)
     coefficient = draw(st.lists(COEFFICIENTS, min_size=len(index), max_size=len(index)))
     return Candidates(
         table=table,
         index=index,
-        slot=slot,
+        sublayer_index=sublayer_index,
         row=row,
         position=position,
         coefficient=torch.tensor(coefficient, dtype=torch.float64),
@@ -85,14 +85,16 @@ def sets_of_candidates(draw: st.DrawFn, unit: Unit = "ffn") -> Candidates:
 
 def _log_prob_by_hand(candidates: Candidates, number: int, *, with_stream: bool, with_neuron: bool) -> float:
     """log p(w|x + c v), in plain Python numbers, with either part left out at will."""
-    slot, row = int(candidates.slot[number]), int(candidates.row[number])
+    sublayer_index, row = int(candidates.sublayer_index[number]), int(candidates.row[number])
     readout = candidates.table.readout
     state = torch.zeros(readout.unembedding.shape[1], dtype=torch.float64)
     if with_stream:
-        state = state + candidates.streams.states[slot]
+        state = state + candidates.streams.states[sublayer_index]
     if with_neuron:
-        fold = candidates.table.post_weights[slot]
-        vector = candidates.table.vectors[slot][row].double() * (1.0 if fold is None else fold.double())
+        post_weight = candidates.table.post_weights[sublayer_index]
+        vector = candidates.table.vectors[sublayer_index][row].double() * (
+            1.0 if post_weight is None else post_weight.double()
+        )
         state = state + candidates.coefficient[number] * vector
     if readout.norm.centred:
         state = state - state.mean()
@@ -145,7 +147,7 @@ def test_the_margin_covers_float32_at_the_size_of_real_models(sharpness: float) 
     candidates = Candidates(
         table=_table(vectors, readout),
         index=torch.arange(total),
-        slot=torch.zeros(total, dtype=torch.long),
+        sublayer_index=torch.zeros(total, dtype=torch.long),
         row=torch.arange(total),
         position=torch.zeros(total, dtype=torch.long),
         coefficient=torch.randn(total, generator=generator, dtype=torch.float64),
@@ -236,7 +238,7 @@ def _few_candidates(coefficient: Tensor, *, seed: int = 0, duplicate: bool = Fal
     return Candidates(
         table=_table(vectors, readout),
         index=torch.arange(total),
-        slot=torch.zeros(total, dtype=torch.long),
+        sublayer_index=torch.zeros(total, dtype=torch.long),
         row=torch.arange(total),
         position=torch.zeros(total, dtype=torch.long),
         coefficient=coefficient,

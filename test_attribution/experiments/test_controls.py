@@ -35,12 +35,12 @@ def _candidates(
         vectors = tuple(torch.ones(size, WIDTH) for size in sizes)
     readout = Readout(torch.eye(WIDTH), None, Norm(None, None, 1e-5, centred=False), 1.0, None)
     table = VectorTable(unit, sublayers, vectors, (None,) * len(sublayers), readout, PER_HEAD)
-    index, slot, row, position = table.places(positions)
+    index, sublayer_index, row, position = table.indices(positions)
     coefficient = torch.randn(len(index), generator=generator, dtype=torch.float64)
     return Candidates(
         table=table,
         index=index,
-        slot=slot,
+        sublayer_index=sublayer_index,
         row=row,
         position=position,
         coefficient=coefficient.round() if rounded else coefficient,
@@ -58,20 +58,20 @@ def _candidates(
 def _norms(candidates: Candidates) -> list[float]:
     """|m| |v| of each candidate, by hand."""
     found = []
-    for slot, row, coefficient in zip(
-        candidates.slot.tolist(), candidates.row.tolist(), candidates.coefficient.tolist(), strict=True
+    for sublayer_index, row, coefficient in zip(
+        candidates.sublayer_index.tolist(), candidates.row.tolist(), candidates.coefficient.tolist(), strict=True
     ):
-        found.append(abs(coefficient) * float(candidates.table.vectors[slot][row].double().norm()))
+        found.append(abs(coefficient) * float(candidates.table.vectors[sublayer_index][row].double().norm()))
     return found
 
 
 def _sublayers(candidates: Candidates) -> list[int]:
-    return candidates.slot.tolist()  # type: ignore[no-any-return]
+    return candidates.sublayer_index.tolist()  # type: ignore[no-any-return]
 
 
 def _vectors(candidates: Candidates) -> list[tuple[int, int]]:
     """What tells vectors apart: neurons of one head's dimension at several positions share one."""
-    return list(zip(candidates.slot.tolist(), candidates.row.tolist(), strict=True))
+    return list(zip(candidates.sublayer_index.tolist(), candidates.row.tolist(), strict=True))
 
 
 @st.composite

@@ -72,26 +72,28 @@ def test_before_is_what_the_plain_model_says(model: at.Model, plain_logits: Call
         assert frame["logp_before"][row] == pytest.approx(expected.logp, abs=1e-4)
 
 
-def _places(model: at.Model, records: Sequence[Any], at_source: bool = False) -> int:
+def _indices(model: at.Model, records: Sequence[Any], at_source: bool = False) -> int:
     """How many coefficients records stand for, from the records alone."""
     anatomy = model.anatomy
-    places: set[tuple[object, ...]] = set()
+    indices: set[tuple[object, ...]] = set()
     for record in records:
         dims = range(anatomy.head_dim)
         if isinstance(record, at.FFNNeuron):
-            places.add(("ffn", record.layer, record.index))
+            indices.add(("ffn", record.layer, record.index))
         elif isinstance(record, at.AttentionNeuron):
             position = record.position if at_source else None
-            places.add(("attention", record.layer, record.head, record.dim, position))
+            indices.add(("attention", record.layer, record.head, record.dim, position))
         elif isinstance(record, at.Head):
-            places.update(("attention", record.layer, record.head, dim, None) for dim in dims)
+            indices.update(("attention", record.layer, record.head, dim, None) for dim in dims)
         elif isinstance(record, at.HeadPosition):
-            places.update(("attention", record.layer, record.head, dim, record.position) for dim in dims)
+            indices.update(("attention", record.layer, record.head, dim, record.position) for dim in dims)
         elif record.kind == "ffn":
-            places.update(("ffn", record.layer, index) for index in range(anatomy.ffn_neurons))
+            indices.update(("ffn", record.layer, index) for index in range(anatomy.ffn_neurons))
         else:
-            places.update(("attention", record.layer, head, dim, None) for head in range(anatomy.heads) for dim in dims)
-    return len(places)
+            indices.update(
+                ("attention", record.layer, head, dim, None) for head in range(anatomy.heads) for dim in dims
+            )
+    return len(indices)
 
 
 def _assert_after(model: at.Model, frame: Any, neurons: Callable[[at.Prompt], Sequence[Any]], **options: Any) -> None:
@@ -102,7 +104,7 @@ def _assert_after(model: at.Model, frame: Any, neurons: Callable[[at.Prompt], Se
         expected = at.measure(at.ablate(model, prompt.text, records, **options), answer)
         assert frame["rank_after"][row] == expected.rank
         assert frame["logp_after"][row] == pytest.approx(expected.logp, abs=1e-4)
-        assert frame["distinct"][row] == _places(model, records, options.get("at_source", False))
+        assert frame["distinct"][row] == _indices(model, records, options.get("at_source", False))
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -271,15 +271,15 @@ def test_no_direction_raises_an_answer_more_than_its_own(loaded: Callable[[str],
 def test_a_vector_is_written_with_length_one_along_its_direction() -> None:
     generator = torch.Generator().manual_seed(1)
     direction = torch.randn(32, generator=generator, dtype=torch.float64)
-    fold = torch.randn(32, generator=generator, dtype=torch.float64)
-    fold[3] = 1e-9
-    vector = vector_along(direction, fold)
-    assert float((fold * vector).norm()) == pytest.approx(1)
+    post_weight = torch.randn(32, generator=generator, dtype=torch.float64)
+    post_weight[3] = 1e-9
+    vector = vector_along(direction, post_weight)
+    assert float((post_weight * vector).norm()) == pytest.approx(1)
     # Of vectors of one length, none writes more along the direction, and none is blown up by the small entry.
-    written = float(fold * vector @ direction)
+    written = float(post_weight * vector @ direction)
     assert written > 0
     for other in torch.randn(100, 32, generator=generator, dtype=torch.float64):
-        assert float(fold * other @ direction) <= written * float(other.norm() / vector.norm())
+        assert float(post_weight * other @ direction) <= written * float(other.norm() / vector.norm())
     assert vector[3].abs() < 1e-6
     assert torch.allclose(vector_along(direction, None), direction / direction.norm(), rtol=1e-14)
 
@@ -415,7 +415,7 @@ def test_every_prompt_is_asked_for_a_word_that_is_not_its_answer_and_that_its_ow
 ) -> None:
     task = task_of(bench)
     assert len(task.questions) == len(SUBJECTS)
-    for place, question, column in zip(task.places, task.questions, task.column, strict=True):
+    for place, question, column in zip(task.indices, task.questions, task.column, strict=True):
         assert question.text == bench.prompts[place].text
         assert question.answer != bench.prompts[place].answer
         assert question.answer_id == task.words[column]
@@ -433,8 +433,8 @@ def test_words_of_a_category_are_planted_alike_but_for_what_they_write(bench: Wo
     assert [plant.vector.norm() for plant in planting.at(0.5)[:2]] == [
         plant.vector.norm() / 2 for plant in planting.driven
     ]
-    assert planting.at(0.5)[2:] == list(planting.woken)
-    for start, value in zip(planting.driven, planting.woken, strict=False):
+    assert planting.at(0.5)[2:] == list(planting.activated)
+    for start, value in zip(planting.driven, planting.activated, strict=False):
         assert start.neuron.layer < value.neuron.layer
 
 

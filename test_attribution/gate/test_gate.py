@@ -1,4 +1,4 @@
-"""The gate without pytest: baselines as text and as files, and the comparison of two of them."""
+"""The gate without pytest: stored runs as text and as files, and the comparison of two of them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from attribution.__main__ import main
 from attribution.claims.judge import Claim, Evidence, Status, Verdict, judge
 from attribution.errors import BadInputError
 from attribution.gate import comparison as gate
-from attribution.gate import stored_run as baselines
+from attribution.gate import stored_run
 from attribution.gate.comparison import ROUNDING, Change, Comparison, compare
-from attribution.gate.storage import baseline_named, names_in, path_of, prune, read, save
-from attribution.gate.stored_run import Baseline, baseline_of, dumps, loads, record_of
+from attribution.gate.storage import names_in, path_of, prune, read, save, stored_run_named
+from attribution.gate.stored_run import StoredRun, dumps, loads, record_of, stored_run_of
 from attribution.models.fingerprint import ModelFacts, facts_of
 from attribution.report.comparison_text import comparison_lines
 
@@ -62,9 +62,9 @@ def _exact(effect: float, n: int = 12, threshold: float = 1) -> Verdict:
     return Verdict(claim, "m", Status.SUPPORTED, effect, effect, effect, n, n)
 
 
-def _run(*verdicts: Verdict, **facts: ModelFacts) -> Baseline:
+def _run(*verdicts: Verdict, **facts: ModelFacts) -> StoredRun:
     models = {verdict.model: CPU for verdict in verdicts} | facts
-    return baseline_of([record_of(verdict) for verdict in verdicts], models)
+    return stored_run_of([record_of(verdict) for verdict in verdicts], models)
 
 
 def _only(comparison: Comparison) -> Change:
@@ -73,10 +73,10 @@ def _only(comparison: Comparison) -> Change:
     return change
 
 
-# Baselines as text
+# Stored runs as text
 
 
-def test_baseline_read_is_the_baseline_written() -> None:
+def test_stored_run_read_is_the_stored_run_written() -> None:
     ratio = _measured(baselines=(2.0,) * 12, claim=_claim("ratio", test="within", threshold=0.05, asserted=False))
     nothing = replace(_measured([], _claim("nothing")), status=Status.INCONCLUSIVE)
     written = _run(_measured(), _measured(claim=_claim(method="mine"), seed=3), ratio, _exact(0.01234), nothing)
@@ -114,17 +114,17 @@ def test_effects_are_kept_to_six_digits_of_the_largest(size: float) -> None:
 
 
 def _text(edit: Callable[[Any], object] | None = None) -> str:
-    """A small baseline, edited as if written so: with a checksum that fits."""
+    """A small stored run, edited as if written so: with a checksum that fits."""
     text = dumps(_run(_measured(), _measured(claim=_claim("other")), _exact(0.5)))
     if edit is None:
         return text
     content = json.loads(text)
     edit(content)
     content.pop("checksum")
-    return json.dumps(content | {"checksum": baselines._digest(content)})
+    return json.dumps(content | {"checksum": stored_run._digest(content)})
 
 
-def test_baseline_truncated_anywhere_is_refused(tmp_path: Path) -> None:
+def test_stored_run_truncated_anywhere_is_refused(tmp_path: Path) -> None:
     whole = _text().encode()
     # What follows the last brace is a line break.
     for length in [*range(0, len(whole) - 2, 37), len(whole) - 2]:
@@ -133,7 +133,7 @@ def test_baseline_truncated_anywhere_is_refused(tmp_path: Path) -> None:
             read(tmp_path, "main")
 
 
-def test_baseline_with_one_changed_character_is_refused_wherever_it_is(tmp_path: Path) -> None:
+def test_stored_run_with_one_changed_character_is_refused_wherever_it_is(tmp_path: Path) -> None:
     whole = _text()
     rng = np.random.default_rng(0)
     for place in rng.integers(len(whole), size=300):
@@ -149,9 +149,9 @@ def test_baseline_with_one_changed_character_is_refused_wherever_it_is(tmp_path:
 UNREADABLE = {
     "empty": (b"", "is not whole JSON"),
     "random bytes": (bytes(np.random.default_rng(1).integers(0, 256, 5000, dtype=np.uint8)), "is not a text in UTF-8"),
-    "another program's": (b'{"machine_info": {}, "benchmarks": []}', "is not a baseline of this package"),
-    "a list": (b"[]", "is not a baseline of this package"),
-    "a number": (b"1", "is not a baseline of this package"),
+    "another program's": (b'{"machine_info": {}, "benchmarks": []}', "is not a stored run of this package"),
+    "a list": (b"[]", "is not a stored run of this package"),
+    "a number": (b"1", "is not a stored run of this package"),
     "nested": (b"[" * 100_000, "is nested too deeply"),
     "NaN": (_text().replace("0.5,", "NaN,").encode(), "holds NaN"),
     "Infinity": (_text().replace("0.5,", "-Infinity,").encode(), "holds -Infinity"),
@@ -163,13 +163,13 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_file_that_is_no_whole_baseline_is_refused_with_a_remedy(case: str, tmp_path: Path) -> None:
+def test_file_that_is_no_whole_stored_run_is_refused_with_a_remedy(case: str, tmp_path: Path) -> None:
     content, why = UNREADABLE[case]
     (tmp_path / "main.json").write_bytes(content)
     with pytest.raises(BadInputError, match=why) as caught:
         read(tmp_path, "main")
     message = str(caught.value)
-    assert f"the baseline {tmp_path / 'main.json'} cannot be used" in message
+    assert f"the stored run {tmp_path / 'main.json'} cannot be used" in message
     assert "restore it from version control, or remove it with 'python -m attribution baselines prune main'" in message
     assert "\n" not in message
 
@@ -227,16 +227,16 @@ def test_file_of_this_form_is_read() -> None:
     assert len(loads(_text(lambda content: content["versions"].update(torch="9.9"))).verdicts) == 3
 
 
-# What a run must have in common with its baseline
+# What a run must have in common with its stored run
 
 BEFORE = _run(_measured(), _measured(claim=_claim("other")), _exact(0.5))
 
 
-def _changed(**changes: Any) -> Baseline:
+def _changed(**changes: Any) -> StoredRun:
     return _run(_measured(**changes), _measured(claim=_claim("other")), _exact(0.5))
 
 
-def _of_model(**changes: Any) -> Baseline:
+def _of_model(**changes: Any) -> StoredRun:
     return _run(_measured(), _measured(claim=_claim("other")), _exact(0.5), m=replace(CPU, **changes))
 
 
@@ -247,64 +247,64 @@ def _prompts(place: int, text: str) -> tuple[str, ...]:
 OTHERWISE = {
     "missing claim": (
         _run(_measured(), _exact(0.5)),
-        "the claim 'other' (paper on m) was not measured, and the baseline has it; run the whole suite",
+        "the claim 'other' (paper on m) was not measured, and the stored run has it; run the whole suite",
     ),
     "nothing measured": (
-        Baseline({}, (), "", {}),
+        StoredRun({}, (), "", {}),
         "each of 3 claims, 'sum' (m), 'other' (paper on m), 'top' (paper on m), was not measured",
     ),
     "extra claim": (
         _run(_measured(), _measured(claim=_claim("other")), _exact(0.5), _measured(claim=_claim("new"))),
-        "the claim 'new' (paper on m) was measured, and the baseline does not have it",
+        "the claim 'new' (paper on m) was measured, and the stored run does not have it",
     ),
     "extra model": (
         _run(_measured(), _measured(claim=_claim("other")), _exact(0.5), _measured(model="large")),
-        "the claim 'top' (paper on large) was measured, and the baseline does not have it",
+        "the claim 'top' (paper on large) was measured, and the stored run does not have it",
     ),
     "renamed claim, as missing": (
-        _changed(claim=_claim("top 10")), "the claim 'top' (paper on m) was not measured, and the baseline has it"
+        _changed(claim=_claim("top 10")), "the claim 'top' (paper on m) was not measured, and the stored run has it"
     ),
     "renamed claim, as extra": (
-        _changed(claim=_claim("top 10")), "the claim 'top 10' (paper on m) was measured, and the baseline does not have"
+        _changed(claim=_claim("top 10")), "the claim 'top 10' (paper on m) was measured, and the stored run does not"
     ),
     "claim of another method": (
-        _changed(claim=_claim(method="mine")), "the claim 'top' (paper on m) was not measured, and the baseline has it"
+        _changed(claim=_claim(method="mine")), "the claim 'top' (paper on m) was not measured, and the stored run has"
     ),
     "fewer prompts": (
-        _changed(effects=EFFECTS[:11]), "lacks 1 of the 12 prompts of the baseline, such as 'city 011 Rome'"
+        _changed(effects=EFFECTS[:11]), "lacks 1 of the 12 prompts of the stored run, such as 'city 011 Rome'"
     ),
     "more prompts": (
-        _changed(effects=[*EFFECTS, 1.2]), "has 1 prompt that the baseline has not, such as 'city 012 Rome'"
+        _changed(effects=[*EFFECTS, 1.2]), "has 1 prompt that the stored run has not, such as 'city 012 Rome'"
     ),
     "a changed prompt": (
         _changed(prompts=_prompts(3, "town 003 Rome")),
-        "lacks 1 of the 12 prompts of the baseline, such as 'city 003 Rome' and has 1 prompt that the baseline has "
+        "lacks 1 of the 12 prompts of the stored run, such as 'city 003 Rome' and has 1 prompt that the stored run has "
         "not, such as 'town 003 Rome'",
     ),
     "another answer": (_changed(prompts=_prompts(3, "city 003 Oslo")), "such as 'city 003 Oslo'"),
     "another fact": (
         _changed(facts=("capital/000",) * 12),
-        "counts the prompt 'city 001 Rome' to the fact 'capital/000', and the baseline to 'capital/001'",
+        "counts the prompt 'city 001 Rome' to the fact 'capital/000', and the stored run to 'capital/001'",
     ),
     "fewer prompts of an exact number": (
         _run(_measured(), _measured(claim=_claim("other")), _exact(0.5, n=10)),
-        "the claim 'sum' (m) has another number of prompts than in the baseline, 10 instead of 12",
+        "the claim 'sum' (m) has another number of prompts than in the stored run, 10 instead of 12",
     ),
     "another threshold": (
-        _changed(claim=_claim(threshold=-1)), "has another threshold than in the baseline, -1.0 instead of 0.0"
+        _changed(claim=_claim(threshold=-1)), "has another threshold than in the stored run, -1.0 instead of 0.0"
     ),
     "another bound": (
         _run(_measured(), _measured(claim=_claim("other")), _exact(0.5, threshold=1.001)),
-        "the claim 'sum' (m) has another threshold than in the baseline, 1.001 instead of 1.0",
+        "the claim 'sum' (m) has another threshold than in the stored run, 1.001 instead of 1.0",
     ),
-    "another version": (_changed(claim=_claim(version=2)), "has another version than in the baseline, 2 instead of 1"),
-    "another test": (_changed(claim=_claim(test="within")), "another test than in the baseline, 'within' instead of"),
-    "another control": (_changed(claim=replace(_claim(), control="new")), "another control than in the baseline"),
-    "another measure": (_changed(claim=replace(_claim(), effect="share")), "another effect than in the baseline"),
-    "no longer asserted": (_changed(claim=_claim(asserted=False)), "another asserted than in the baseline"),
-    "fewer prompts needed": (_changed(claim=_claim(min_prompts=1)), "another min prompts than in the baseline"),
-    "another seed": (_changed(seed=1), "has another seed than in the baseline, 1 instead of None"),
-    "a ratio": (_changed(baselines=(1.0,) * 12), "is a ratio in only one of run and baseline"),
+    "another version": (_changed(claim=_claim(version=2)), "another version than in the stored run, 2 instead of 1"),
+    "another test": (_changed(claim=_claim(test="within")), "another test than in the stored run, 'within' instead of"),
+    "another control": (_changed(claim=replace(_claim(), control="new")), "another control than in the stored run"),
+    "another measure": (_changed(claim=replace(_claim(), effect="share")), "another effect than in the stored run"),
+    "no longer asserted": (_changed(claim=_claim(asserted=False)), "another asserted than in the stored run"),
+    "fewer prompts needed": (_changed(claim=_claim(min_prompts=1)), "another min prompts than in the stored run"),
+    "another seed": (_changed(seed=1), "has another seed than in the stored run, 1 instead of None"),
+    "a ratio": (_changed(baselines=(1.0,) * 12), "is a ratio in only one of the two runs"),
     "NaN": (_changed(effects=[math.nan, *EFFECTS[1:]]), "has an effect that is NaN or infinite; find out what broke"),
     "infinite": (_changed(effects=[math.inf, *EFFECTS[1:]]), "has an effect that is NaN or infinite"),
     "NaN, exact": (
@@ -313,23 +313,23 @@ OTHERWISE = {
     ),
     "other weights": (
         _of_model(weights="sha256:" + "1" * 64),
-        "model 'm' has the weights sha256:111111111111, and the baseline was made with sha256:000000000000",
+        "model 'm' has the weights sha256:111111111111, and the stored run was made with sha256:000000000000",
     ),
     "another dtype": (
         _of_model(dtype="bfloat16", weights="sha256:1"),
-        "model 'm' has the dtype 'bfloat16', and the baseline was made with 'float32'; use that, or pass "
+        "model 'm' has the dtype 'bfloat16', and the stored run was made with 'float32'; use that, or pass "
         "--attribution-allow=dtype",
     ),
     "another device": (
         _of_model(device="cuda"),
-        "model 'm' has the device 'cuda', and the baseline was made with 'cpu'; use that, or pass "
+        "model 'm' has the device 'cuda', and the stored run was made with 'cpu'; use that, or pass "
         "--attribution-allow=device",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", OTHERWISE)
-def test_run_that_differs_from_its_baseline_in_more_than_its_effects_is_not_comparable(case: str) -> None:
+def test_run_that_differs_from_its_stored_run_in_more_than_its_effects_is_not_comparable(case: str) -> None:
     run, sentence = OTHERWISE[case]
     problems = compare(BEFORE, run).problems
     assert any(sentence in problem for problem in problems), problems
@@ -372,7 +372,7 @@ def _backwards(verdict: Verdict) -> Verdict:
         "another revision",
     ],
 )
-def test_run_that_measured_the_same_is_unchanged(run: Baseline) -> None:
+def test_run_that_measured_the_same_is_unchanged(run: StoredRun) -> None:
     comparison = compare(BEFORE, run)
     assert comparison.problems == ()
     assert [change.kind for change in comparison.changes] == ["unchanged"] * 3
@@ -526,12 +526,12 @@ def test_lines_count_what_became_of_the_claims_and_keep_what_is_only_reported_ap
     assert [change.after.claim.id for change in comparison.of_kind("regressed", asserted=True)] == ["worse"]
     lines = comparison_lines(comparison, "main", before, replace(after, versions={"torch": "9"}))
     assert lines[0] == (
-        f"5 of 5 claims of baseline 'main' ({before.made}): 1 unchanged, 1 changed within their intervals, 1 improved, "
-        "1 regressed, 1 worse but only reported"
+        f"5 of 5 claims of stored run 'main' ({before.made}): 1 unchanged, 1 changed within their intervals, "
+        "1 improved, 1 regressed, 1 worse but only reported"
     )
     assert lines[1] == f"made with other versions: torch 9, then {before.versions['torch']}"
     assert [line.split(" (")[0] for line in lines[2:4]] == ["regressed: 'worse'", "worse, only reported: 'reported'"]
-    assert lines[4].startswith("to take this run as the new baseline: --attribution-save=main --attribution-update")
+    assert lines[4].startswith("to store this run instead: --attribution-save=main --attribution-update")
     assert len(comparison_lines(comparison, "main", before, after)) == 4
 
 
@@ -630,11 +630,11 @@ def test_comparison_is_the_same_each_time() -> None:
 # Files
 
 
-def test_baseline_is_written_once_and_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_stored_run_is_written_once_and_replaced_only_when_asked(tmp_path: Path) -> None:
     folder = tmp_path / ".attribution"
     assert save(folder, "main", BEFORE, update=False)
     written = path_of(folder, "main").read_bytes()
-    with pytest.raises(BadInputError, match="baseline 'main' exists and was not replaced; add --attribution-update"):
+    with pytest.raises(BadInputError, match="stored run 'main' exists and was not replaced; add --attribution-update"):
         save(folder, "main", _changed(effects=[1.0] * 12), update=False)
     assert path_of(folder, "main").read_bytes() == written
     assert not save(folder, "main", _changed(effects=[1.0] * 12), update=True)
@@ -661,18 +661,18 @@ def test_update_does_not_replace_what_it_cannot_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("run", "why"),
     [
-        (Baseline({}, (), "", {}), "no gated claim was measured"),
+        (StoredRun({}, (), "", {}), "no gated claim was measured"),
         (_changed(effects=[math.nan] * 12), r"claim 'top' \(paper on m\) has an effect that is NaN or infinite"),
         (_run(_exact(math.inf)), "NaN or infinite"),
     ],
 )
-def test_run_without_numbers_is_not_saved(run: Baseline, why: str, tmp_path: Path) -> None:
+def test_run_without_numbers_is_not_saved(run: StoredRun, why: str, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=why):
         save(tmp_path, "main", run, update=True)
     assert names_in(tmp_path) == []
 
 
-def test_claim_measured_twice_or_without_prompts_makes_no_baseline() -> None:
+def test_claim_measured_twice_or_without_prompts_makes_no_stored_run() -> None:
     with pytest.raises(BadInputError, match=r"claim 'top' \(paper on m\) was measured twice"):
         _run(_measured(), _measured(EFFECTS[::-1]))
     with pytest.raises(BadInputError, match=r"came without its effect on each prompt; judge it by"):
@@ -684,34 +684,34 @@ def test_record_survives_a_process_boundary() -> None:
     verdict = judge(_claim(), model="m", effects=list(np.array([0.1, 0.2, 0.3])), facts=["a", "b", "c"])
     record = record_of(replace(verdict, effect=np.float64(0.2)))
     assert type(record["effect"]) is float
-    assert repr(_run(verdict)) == repr(baseline_of([json.loads(json.dumps(record))], {"m": CPU}))
+    assert repr(_run(verdict)) == repr(stored_run_of([json.loads(json.dumps(record))], {"m": CPU}))
 
 
 @pytest.mark.parametrize("name", ["", "../main", "a/b", ".hidden", "a b", "main\n", "x" * 101, "test.py::test"])
 def test_name_that_is_no_file_name_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="cannot be the name of a baseline; use letters, digits"):
+    with pytest.raises(BadInputError, match="cannot be the name of a stored run; use letters, digits"):
         path_of(tmp_path, name)
 
 
-def test_name_may_be_left_out_where_there_is_one_baseline(tmp_path: Path) -> None:
+def test_name_may_be_left_out_where_there_is_one_stored_run(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"there are 0 \(none\); save one with --attribution-save=NAME"):
-        baseline_named(tmp_path, "")
+        stored_run_named(tmp_path, "")
     save(tmp_path, "main", BEFORE, update=False)
-    assert baseline_named(tmp_path, "") == "main"
+    assert stored_run_named(tmp_path, "") == "main"
     save(tmp_path, "other", BEFORE, update=False)
     with pytest.raises(BadInputError, match=r"there are 2 \(main, other\); name one: --attribution-compare=NAME"):
-        baseline_named(tmp_path, "")
-    assert baseline_named(tmp_path, "third") == "third"
-    with pytest.raises(BadInputError, match=r"no baseline 'third' in .* \(there: main, other\)"):
+        stored_run_named(tmp_path, "")
+    assert stored_run_named(tmp_path, "third") == "third"
+    with pytest.raises(BadInputError, match=r"no stored run 'third' in .* \(there: main, other\)"):
         read(tmp_path, "third")
 
 
-def test_baselines_are_listed_with_what_they_hold_and_pruned_by_name(
+def test_stored_runs_are_listed_with_what_they_hold_and_pruned_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["baselines", "--folder", str(tmp_path)]
     assert main(command) == 0
-    assert "no baselines in" in capsys.readouterr().out
+    assert "no stored runs in" in capsys.readouterr().out
     save(tmp_path, "main", BEFORE, update=False)
     save(tmp_path, "old", BEFORE, update=False)
     assert main(command) == 0
@@ -720,9 +720,9 @@ def test_baselines_are_listed_with_what_they_hold_and_pruned_by_name(
     )
     path_of(tmp_path, "broken").write_text("{}")
     assert main(command) == 1
-    assert "broken: the baseline" in capsys.readouterr().out
+    assert "broken: the stored run" in capsys.readouterr().out
     assert main([*command, "prune", "old", "odl"]) == 1
-    assert "there is no baseline 'odl'" in capsys.readouterr().err
+    assert "there is no stored run 'odl'" in capsys.readouterr().err
     assert names_in(tmp_path) == ["broken", "main", "old"]
     assert main([*command, "prune", "old", "broken"]) == 0
     assert names_in(tmp_path) == ["main"]
@@ -736,7 +736,7 @@ def test_command_line_runs_as_a_module(tmp_path: Path) -> None:
         [sys.executable, "-m", "attribution", "baselines"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("no baselines in .attribution")
+    assert done.stdout.startswith("no stored runs in .attribution")
 
 
 # Several writers, and writers that die
@@ -746,7 +746,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from attribution.models.fingerprint import ModelFacts
-from attribution.gate.stored_run import baseline_of, record_of
+from attribution.gate.stored_run import stored_run_of, record_of
 from attribution.claims.judge import Claim, Evidence, Status, Verdict
 from attribution.errors import BadInputError
 from attribution.gate.storage import read, save
@@ -758,29 +758,29 @@ def measured(id):
     claim = Claim(id, "a sentence", "ours", "an effect", "above", 0, "none")
     return Verdict(claim, "m", Status.SUPPORTED, 0.1, 0.1, 0.1, 500, 500, None, None, evidence)
 
-def baseline(verdicts):
-    return baseline_of([record_of(each) for each in verdicts], {"m": ModelFacts("sha256:0", None, "float32", "cpu")})
+def stored_run(verdicts):
+    return stored_run_of([record_of(each) for each in verdicts], {"m": ModelFacts("sha256:0", None, "float32", "cpu")})
 
 """
 ADDING = """
 import os, time
-# The time between looking at the old baseline and replacing it, in which another writer might come.
+# The time between looking at the old stored run and replacing it, in which another writer might come.
 os.fsync = lambda handle: time.sleep(0.02)
 (folder / f"ready{writer}").touch()
 while len(list(folder.glob("ready*"))) < 3:
     time.sleep(0.01)
 try:
-    print(save(folder, "shared", baseline([measured(writer)]), update=False))
+    print(save(folder, "shared", stored_run([measured(writer)]), update=False))
 except BadInputError:
     print(False)
-save(folder, f"own{writer}", baseline([measured(writer)]), update=False)
+save(folder, f"own{writer}", stored_run([measured(writer)]), update=False)
 for number in range(8):
     added = measured(f"{writer}.{number}")
     while True:
         # Whoever came between is seen by the refusal, and not overwritten.
         known = read(folder, "shared").verdicts
         try:
-            save(folder, "shared", baseline([*known, added]), update=True)
+            save(folder, "shared", stored_run([*known, added]), update=True)
             break
         except BadInputError:
             pass
@@ -798,7 +798,7 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     writers = [_start(ADDING, tmp_path, str(number)) for number in range(3)]
     first = [writer.communicate(timeout=240)[0].strip() for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0, 0]
-    # One of them made the baseline; the others were told that it exists.
+    # One of them made the stored run; the others were told that it exists.
     assert sorted(first) == ["False", "False", "True"]
     assert names_in(tmp_path) == ["own0", "own1", "own2", "shared"]
     held = {verdict.claim.id for verdict in read(tmp_path, "shared").verdicts}
@@ -817,13 +817,13 @@ def wait(*arguments):
     import time
     time.sleep(600)
 setattr(os, "replace" if point == "replace" else "fsync", wait)
-save(folder, "main", baseline([measured("old"), measured("new")]), update=True)
+save(folder, "main", stored_run([measured("old"), measured("new")]), update=True)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal there")
 @pytest.mark.parametrize("point", ["half", "fsync", "replace"])
-def test_writer_killed_in_the_middle_leaves_the_old_baseline_whole(point: str, tmp_path: Path) -> None:
+def test_writer_killed_in_the_middle_leaves_the_old_stored_run_whole(point: str, tmp_path: Path) -> None:
     old = _run(replace(_measured(), claim=_claim("old", method="")))
     save(tmp_path, "main", old, update=False)
     before = path_of(tmp_path, "main").read_bytes()

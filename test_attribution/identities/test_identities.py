@@ -121,34 +121,34 @@ def test_what_follows_a_sublayer_is_part_of_every_neuron(loaded: Callable[[str],
     for kind, broken in (("attention", ATTENTION), ("ffn", FFN)):
         without = _with(model.anatomy, kind, post_weight=None)
         assert _broken(activations, without, batch) == broken
-    for gain, broken in (("attention_gain", ATTENTION), ("ffn_gain", FFN)):
-        one = torch.ones_like(getattr(activations, gain))
-        # Only Granite has no norm there, and so a gain of one.
+    for post_scale, broken in (("attention_post_scale", ATTENTION), ("ffn_post_scale", FFN)):
+        one = torch.ones_like(getattr(activations, post_scale))
+        # Only Granite has no norm there, and so a scale of one.
         expected = set() if architecture == "granite" else broken
-        assert _broken(replace(activations, **{gain: one}), model.anatomy, batch) == expected
+        assert _broken(replace(activations, **{post_scale: one}), model.anatomy, batch) == expected
 
 
 def test_biases_go_through_what_follows_too(loaded: Callable[[str], Model]) -> None:
     model, activations, batch = _trace(loaded("llama-biases"))
     generator = torch.Generator().manual_seed(0)
-    fold = tuple(torch.rand(model.anatomy.width, generator=generator) + 0.5 for _ in range(model.anatomy.layers))
-    gain = torch.rand(activations.ffn_gain.shape, generator=generator) + 0.5
-    factor = gain[..., None] * torch.stack(fold)[:, None, None]
+    post_weight = tuple(torch.rand(model.anatomy.width, generator=generator) + 0.5 for _ in range(model.anatomy.layers))
+    post_scale = torch.rand(activations.ffn_post_scale.shape, generator=generator) + 0.5
+    factor = post_scale[..., None] * torch.stack(post_weight)[:, None, None]
     scaled = replace(
         activations,
-        attention_gain=gain,
-        ffn_gain=gain,
+        attention_post_scale=post_scale,
+        ffn_post_scale=post_scale,
         attention_output=activations.attention_output * factor,
         ffn_output=activations.ffn_output * factor,
     )
     folded = model.anatomy
     for kind in ("attention", "ffn"):
-        own = zip(getattr(folded, kind), fold, strict=True)
+        own = zip(getattr(folded, kind), post_weight, strict=True)
         folded = replace(folded, **{kind: tuple(replace(each, post_weight=weight) for each, weight in own)})
     # The stream itself is not rebuilt here.
     assert not _broken(scaled, folded, batch) & {"heads", "attention_neurons", "ffn_neurons"}
     for kind, broken in (("attention", {"heads", "attention_neurons"}), ("ffn", {"ffn_neurons"})):
-        own = zip(getattr(folded, kind), fold, strict=True)
+        own = zip(getattr(folded, kind), post_weight, strict=True)
         unfolded = tuple(replace(each, bias=each.bias / weight) for each, weight in own)
         found = _broken(scaled, replace(folded, **{kind: unfolded}), batch)
         assert found & {"heads", "attention_neurons", "ffn_neurons"} == broken

@@ -132,8 +132,8 @@ def test_weights_on_disk_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path:
     # As "auto" lays a model out that neither accelerators nor memory hold.
     layers = at.load("bundled:llama").anatomy.layers
     here = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
-    places = dict.fromkeys(here, "cpu") | {f"model.layers.{layer}": "cpu" for layer in range(layers)}
-    on_disk = {"device_map": places | {"model.layers.1": "disk"}, "offload_folder": str(tmp_path)}
+    indices = dict.fromkeys(here, "cpu") | {f"model.layers.{layer}": "cpu" for layer in range(layers)}
+    on_disk = {"device_map": indices | {"model.layers.1": "disk"}, "offload_folder": str(tmp_path)}
     monkeypatch.setattr("attribution.models.opening._placement", lambda _: on_disk)
     with pytest.raises(at.AttributionError, match=r"does not fit: \d+ weights, such as model.layers.1.* stay on disk"):
         at.load("bundled:llama", device="auto")

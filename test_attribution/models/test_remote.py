@@ -27,7 +27,7 @@ from attribution.engine.methods import METHODS
 from attribution.engine.trace import read_activations
 from attribution.errors import BadInputError, ModelError
 from attribution.models.anatomy import read_anatomy
-from attribution.models.running import _packed, _unpacked, on_site
+from attribution.models.running import _packed, _unpacked, run_where_weights_are
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parent))
@@ -241,7 +241,7 @@ def test_a_result_is_the_same_on_both_ways(value: Any) -> None:
 
 
 def test_a_local_model_runs_work_as_it_is(model: at.Model) -> None:
-    assert on_site(model, lambda here, number: (here is model, number), 3) == (True, 3)
+    assert run_where_weights_are(model, lambda here, number: (here is model, number), 3) == (True, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The gate from outside: nested runs of pytest that save a baseline and compare with it."""
+"""The gate from outside: nested runs of pytest that save a stored run and compare with it."""
 
 from __future__ import annotations
 
@@ -99,19 +99,19 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def first_baseline() -> list[bytes]:
-    """What the first run that needed a baseline wrote; the others start from it."""
+def first_stored_run() -> list[bytes]:
+    """What the first run that needed a stored run wrote; the others start from it."""
     return []
 
 
 @pytest.fixture
-def saved(suite: Suite, first_baseline: list[bytes]) -> Suite:
-    """The same, with a baseline."""
-    if not first_baseline:
+def saved(suite: Suite, first_stored_run: list[bytes]) -> Suite:
+    """The same, with a stored run."""
+    if not first_stored_run:
         assert suite.run("--attribution-save=main", "--attribution-update").ret == 0
-        first_baseline.append(suite.file.read_bytes())
+        first_stored_run.append(suite.file.read_bytes())
     suite.file.parent.mkdir(exist_ok=True)
-    suite.file.write_bytes(first_baseline[0])
+    suite.file.write_bytes(first_stored_run[0])
     return suite
 
 
@@ -121,27 +121,27 @@ def _says(result: pytest.RunResult, *parts: str) -> None:
         assert part in text, text
 
 
-def test_first_run_writes_a_baseline_and_fails_until_it_is_there(suite: Suite) -> None:
+def test_first_run_writes_a_stored_run_and_fails_until_it_is_there(suite: Suite) -> None:
     result = suite.run("--attribution-save=main")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=3)
     _says(
         result,
         f"wrote 2 claims to {suite.file}",
-        "baseline 'main' is new, and nothing was compared with it: read",
-        "attribution gate: baseline 'main' is new",
+        "stored run 'main' is new, and nothing was compared with it: read",
+        "attribution gate: stored run 'main' is new",
     )
     compared = suite.run("--attribution-compare=main")
     assert compared.ret == 0
-    _says(compared, "2 of 2 claims of baseline 'main'", "2 unchanged, 0 changed")
+    _says(compared, "2 of 2 claims of stored run 'main'", "2 unchanged, 0 changed")
 
 
-def test_baseline_is_replaced_only_by_an_explicit_update(saved: Suite) -> None:
+def test_stored_run_is_replaced_only_by_an_explicit_update(saved: Suite) -> None:
     before = saved.file.read_bytes()
     saved.measure(one={"shift": 0.5}, two={})
     refused = saved.run("--attribution-save=main")
     assert refused.ret == pytest.ExitCode.USAGE_ERROR
-    refused.stderr.fnmatch_lines(["ERROR: baseline 'main' exists; add --attribution-update to replace it, *"])
+    refused.stderr.fnmatch_lines(["ERROR: stored run 'main' exists; add --attribution-update to replace it, *"])
     assert saved.file.read_bytes() == before
     assert saved.run("--attribution-save=main", "--attribution-update").ret == 0
     assert saved.file.read_bytes() != before
@@ -158,8 +158,8 @@ def test_run_that_measures_worse_is_red_and_says_what_and_where(saved: Suite) ->
         "1 unchanged, 0 changed within their intervals, 0 improved, 1 regressed",
         "regressed: 'one' (paper on tiny): fall in nats was 1.095 and is 0.595, worse by 0.5 [0.5, 0.5]; n = 20 "
         "prompts of 20 facts; hurt most: 'city ",
-        "to take this run as the new baseline: --attribution-save=main --attribution-update",
-        "attribution gate: 1 worse than in baseline 'main'",
+        "to store this run instead: --attribution-save=main --attribution-update",
+        "attribution gate: 1 worse than in stored run 'main'",
     )
     assert saved.run("--attribution-compare", "--attribution-fail=verdicts").ret == 0
     assert saved.run("--attribution-compare", "--attribution-fail=regressions:0.6").ret == 0
@@ -168,7 +168,7 @@ def test_run_that_measures_worse_is_red_and_says_what_and_where(saved: Suite) ->
 
 def test_verdict_that_is_left_out_is_an_expected_failure(suite: Suite) -> None:
     suite.measure(one={"shift": -2}, two={})
-    # What does not hold can be a baseline too.
+    # What does not hold can be a stored run too.
     result = suite.run("--attribution-save=main", "--attribution-update")
     assert result.ret == 1
     result.assert_outcomes(passed=2, failed=1)
@@ -201,11 +201,11 @@ def test_claims_about_what_a_model_knows_take_no_part(suite: Suite) -> None:
         ({"one": {}, "two": {}}, ("-k", "one"), "the claim 'two' ("),
         ({"one": {}, "two": {}}, ("-k", "nothing"), "each of 2 claims, 'one' ("),
         ({"one": {}, "two": {}}, ("-k", "no_such_test"), "each of 2 claims, 'one' ("),
-        ({"one": {}}, (), "was not measured, and the baseline has it; run the whole suite"),
-        ({"one": {}, "two": {"broken": True}}, (), "was not measured, and the baseline has it"),
-        ({"one": {}, "two": {}, "three": {}}, (), "was measured, and the baseline does not have it"),
+        ({"one": {}}, (), "was not measured, and the stored run has it; run the whole suite"),
+        ({"one": {}, "two": {"broken": True}}, (), "was not measured, and the stored run has it"),
+        ({"one": {}, "two": {}, "three": {}}, (), "was measured, and the stored run does not have it"),
         ({"one": {}, "second": {}}, (), "'second' (paper on"),
-        ({"one": {}, "two": {"n": 19}}, (), "lacks 1 of the 20 prompts of the baseline, such as 'city 19'"),
+        ({"one": {}, "two": {"n": 19}}, (), "lacks 1 of the 20 prompts of the stored run, such as 'city 19'"),
     ],
     ids=["selected", "none", "no test", "gone", "broken", "more", "renamed", "fewer prompts"],
 )
@@ -215,21 +215,21 @@ def test_run_that_is_not_the_whole_is_red(
     saved.measure(**claims)
     result = saved.run("--attribution-compare", *options)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    _says(result, "not comparable:", why, "attribution gate: not comparable with baseline 'main'")
+    _says(result, "not comparable:", why, "attribution gate: not comparable with stored run 'main'")
 
 
 def test_other_weights_under_the_same_name_are_red(saved: Suite, models: dict[str, at.Model]) -> None:
     saved.model = models["llama"]
     result = saved.run("--attribution-compare")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    _says(result, "model 'tiny' has the weights sha256:", "load those, or save a new baseline")
+    _says(result, "model 'tiny' has the weights sha256:", "load those, or store a new run")
 
 
-def test_baseline_that_cannot_be_used_ends_the_run_before_it_starts(saved: Suite) -> None:
+def test_stored_run_that_cannot_be_used_ends_the_run_before_it_starts(saved: Suite) -> None:
     saved.file.write_bytes(saved.file.read_bytes()[:-100])
     result = saved.run("--attribution-compare")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: the baseline */main.json cannot be used, it is not whole JSON*"])
+    result.stderr.fnmatch_lines(["ERROR: the stored run */main.json cannot be used, it is not whole JSON*"])
     assert "test_suite.py" not in result.stdout.str()
 
 
@@ -237,7 +237,7 @@ def test_baseline_that_cannot_be_used_ends_the_run_before_it_starts(saved: Suite
     ("claims", "options", "why"),
     [
         ({"one": {}, "two": {"broken": True}}, (), "1 test failed before anything was measured, such as test_suite"),
-        ({"one": {"shift": -2}, "two": {}}, ("-x",), "the run was cut short; a baseline needs a whole run"),
+        ({"one": {"shift": -2}, "two": {}}, ("-x",), "the run was cut short; a stored run needs a whole run"),
         ({"one": {"gated": False}}, (), "no gated claim was measured"),
         ({"one": {}}, (), "it has the claim 'two' (paper on"),
     ],
@@ -266,23 +266,23 @@ def test_path_after_a_bare_option_is_a_path(saved: Suite, before: str) -> None:
     result = saved.run(*before.split(), "test_suite.py")
     assert result.ret == 0
     result.assert_outcomes(passed=3)
-    _says(result, "2 of 2 claims of baseline 'main'")
+    _says(result, "2 of 2 claims of stored run 'main'")
 
 
 def test_option_may_stand_in_the_ini_file(saved: Suite) -> None:
     saved.pytester.makeini("[pytest]\naddopts = -p no:cacheprovider --attribution-compare")
     result = saved.run("test_suite.py")
     assert result.ret == 0
-    _says(result, "2 of 2 claims of baseline 'main'")
+    _says(result, "2 of 2 claims of stored run 'main'")
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--attribution-compare=mian",), "there is no baseline 'mian' in * (there: main); *"),
-        (("--attribution-compare=../main",), "'../main' cannot be the name of a baseline; *"),
+        (("--attribution-compare=mian",), "there is no stored run 'mian' in * (there: main); *"),
+        (("--attribution-compare=../main",), "'../main' cannot be the name of a stored run; *"),
         (("--attribution-save", "new"), "--attribution-save came without a name; write --attribution-save=NAME, *"),
-        (("--attribution-save=a/b",), "'a/b' cannot be the name of a baseline; *"),
+        (("--attribution-save=a/b",), "'a/b' cannot be the name of a stored run; *"),
         (("--attribution-update",), "--attribution-update has nothing to write; add --attribution-save=NAME, *"),
         (("--attribution-allow=dtype",), "--attribution-allow is about a comparison; add --attribution-compare, *"),
         (("--attribution-compare", "--attribution-allow=weights"), "--attribution-allow has 'weights'; it knows *"),
@@ -301,7 +301,7 @@ def test_options_that_cannot_be_meant_end_the_run_before_it_starts(
     assert [path.name for path in suite.file.parent.iterdir()] == ["main.json"]
 
 
-def test_several_baselines_need_a_name(saved: Suite) -> None:
+def test_several_stored_runs_need_a_name(saved: Suite) -> None:
     saved.run("--attribution-save=other")
     result = saved.run("--attribution-compare")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -312,7 +312,7 @@ def test_several_baselines_need_a_name(saved: Suite) -> None:
 def test_collecting_compares_and_writes_nothing(saved: Suite) -> None:
     result = saved.run("--collect-only", "--attribution-compare", "--attribution-save=new")
     assert result.ret == 0
-    assert "attribution: baselines" not in result.stdout.str()
+    assert "attribution: comparison" not in result.stdout.str()
     assert [path.name for path in saved.file.parent.iterdir()] == ["main.json"]
 
 
@@ -363,8 +363,8 @@ def test_distributed_run_saves_and_compares_as_one(
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=13)
-    _says(result, "created: 2/2 workers", "12 of 12 claims of baseline 'alone'", "12 unchanged", "wrote 12 claims")
-    _says(result, "! attribution gate: baseline 'main' is new !")
+    _says(result, "created: 2/2 workers", "12 of 12 claims of stored run 'alone'", "12 unchanged", "wrote 12 claims")
+    _says(result, "! attribution gate: stored run 'main' is new !")
     alone, distributed = (
         {**json.loads((suite.file.parent / f"{name}.json").read_text()), "made": "", "checksum": ""}
         for name in ("alone", "main")
@@ -381,8 +381,9 @@ AUTHOR = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("```py
 # One line each, in the scorer of the paper and in that of the author.
 HARMFUL = {
     "engine/methods.py": (
-        "return log_prob_increase(candidates.log_probs[candidates.slot], candidates.update, candidates.answer)",
-        "return log_prob_increase(candidates.log_probs[candidates.slot], candidates.update, candidates.answer).floor()",
+        "log_prob_increase(candidates.log_probs[candidates.sublayer_index], candidates.update, candidates.answer)",
+        "log_prob_increase(candidates.log_probs[candidates.sublayer_index], candidates.update, candidates.answer)"
+        ".floor()",
     ),
     "conftest.py": ("return candidates.update[:", "return -candidates.update[:"),
 }
@@ -394,7 +395,7 @@ HARMLESS = {
     "conftest.py": (
         "return candidates.update[:, candidates.answer]",
         "return candidates.update @ candidates.update.new_zeros(candidates.update.shape[1]).index_fill_(\n"
-        "        0, candidates.slot.new_tensor([candidates.answer]), 1\n    )",
+        "        0, candidates.sublayer_index.new_tensor([candidates.answer]), 1\n    )",
     ),
 }
 
@@ -448,7 +449,7 @@ def test_harmful_line_in_a_scorer_is_red_and_a_harmless_refactor_is_green(
     compare = ("--attribution-compare", "--attribution-fail=regressions")
     harmless = engine(*compare, changes=HARMLESS)
     assert harmless.ret == 0
-    _says(harmless, "42 of 42 claims of baseline 'main'", "42 unchanged")
+    _says(harmless, "42 of 42 claims of stored run 'main'", "42 unchanged")
     harmful = engine(*compare, changes=HARMFUL)
     assert harmful.ret == pytest.ExitCode.TESTS_FAILED
     assert _regressed(harmful) == {"log_prob_increase", "logit"}

@@ -143,14 +143,14 @@ def test_value_neurons_are_those_of_attribute(data: dict[str, Any], bundled: at.
 
 
 def test_query_side_is_that_of_query(data: dict[str, Any], bundled: at.Model) -> None:
-    wakers = at.query(bundled, PROMPT, ANSWER, k=K)
-    assert [_neuron(each["neuron"]) for each in data["query_neurons"]] == wakers.neurons
-    assert [each["score"] for each in data["query_neurons"]] == pytest.approx(wakers.scores.tolist(), abs=1e-9)
+    queries = at.query(bundled, PROMPT, ANSWER, k=K)
+    assert [_neuron(each["neuron"]) for each in data["query_neurons"]] == queries.neurons
+    assert [each["score"] for each in data["query_neurons"]] == pytest.approx(queries.scores.tolist(), abs=1e-9)
     rows = [(each["value_unit"], each["component"]) for each in data["query_layers"]]
-    assert rows == list(wakers.layers[["value_unit", "component"]].itertuples(index=False, name=None))
-    assert [each["score"] for each in data["query_layers"]] == pytest.approx(list(wakers.layers["query_score"]))
+    assert rows == list(queries.layers[["value_unit", "component"]].itertuples(index=False, name=None))
+    assert [each["score"] for each in data["query_layers"]] == pytest.approx(list(queries.layers["query_score"]))
     layers = [-1 if each["layer"] is None else each["layer"] for each in data["query_layers"]]
-    assert layers == wakers.layers["layer"].fillna(-1).tolist()
+    assert layers == queries.layers["layer"].fillna(-1).tolist()
 
 
 def test_effects_are_those_of_ablate(data: dict[str, Any], bundled: at.Model) -> None:
@@ -167,7 +167,7 @@ def test_effects_are_those_of_ablate(data: dict[str, Any], bundled: at.Model) ->
 
 
 def test_controls_are_others_of_the_same_layers(data: dict[str, Any]) -> None:
-    def places(neurons: list[dict[str, int]]) -> list[tuple[int, ...]]:
+    def indices(neurons: list[dict[str, int]]) -> list[tuple[int, ...]]:
         return [tuple(value for key, value in each.items() if key != "position") for each in neurons]
 
     for each in data["ablations"]:
@@ -175,7 +175,7 @@ def test_controls_are_others_of_the_same_layers(data: dict[str, Any]) -> None:
             sorted((len(fields), fields["layer"]) for fields in each[kind]) for kind in ("neurons", "control_neurons")
         ]
         assert layers[0] == layers[1]
-        assert not set(places(each["neurons"])) & set(places(each["control_neurons"]))
+        assert not set(indices(each["neurons"])) & set(indices(each["control_neurons"]))
 
 
 def _written(each: dict[str, Any], network: Any) -> torch.Tensor:
@@ -423,8 +423,8 @@ def test_preflight_of_a_broken_model_fails_with_a_sentence(folders: dict[str, Pa
 def test_rankings_are_tables_in_a_notebook(model: at.Model) -> None:
     prompt = "<b>The capital of France is"
     ranking = at.attribute(model, prompt, ANSWER, unit="attention", k=30)
-    wakers = at.query(model, prompt, ANSWER, k=30)
-    for shown in (ranking, wakers):
+    queries = at.query(model, prompt, ANSWER, k=30)
+    for shown in (ranking, queries):
         html = shown._repr_html_()
         assert _Page(html).tags[:2] == ["p", "table"]
         assert "b" not in _Page(html).tags

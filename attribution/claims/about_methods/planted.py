@@ -103,10 +103,10 @@ def _ends(bench: Workbench, method: str, strengths: tuple[float, ...]) -> _Ends:
                 value[number, row] = _is(ranking.neurons[0], planting.values[task.column[row]])
             rows = value[number].nonzero()[0].tolist()
             if rows:
-                waking = query(
+                queries = query(
                     model, [prompts[row] for row in rows], value_neurons=[rankings[row] for row in rows], k=1
                 )
-                for row, found in zip(rows, waking, strict=True):
+                for row, found in zip(rows, queries, strict=True):
                     both[number, row] = found.neurons[0] == planting.driven[task.column[row]].neuron
     return _Ends(value, both)
 
@@ -125,8 +125,8 @@ def _effects(
     ]
     effects = np.asarray(found[: len(strengths)].mean(0) if mean else found[0], dtype=np.float64)
     # Nothing is found where nothing could be planted.
-    places = task_of(bench).places[: len(effects)]
-    return Effects(effects, places=places, seed=bench.seed, note=", ".join(shares))
+    indices = task_of(bench).indices[: len(effects)]
+    return Effects(effects, indices=indices, seed=bench.seed, note=", ".join(shares))
 
 
 def _not_scored(kind: Kind) -> NotApplicable:
@@ -173,7 +173,7 @@ def difference_after_ablation(bench: Workbench, kind: Kind, strength: float) -> 
     """
     task, anatomy = task_of(bench), bench.model.anatomy
     plants = planting_of(bench, kind).at(strength)
-    places = task.places if plants else []
+    indices = task.indices if plants else []
     gone = [displaced(anatomy, [plant.neuron for plant in plants])] * len(task.questions)
     without = _logps(bench.model, task, gone)
     with _at(bench, kind, strength) as model:
@@ -186,9 +186,9 @@ def difference_after_ablation(bench: Workbench, kind: Kind, strength: float) -> 
     dtype = anatomy.readout.unembedding.dtype
     bound = 2 * rounding(dtype, terms, normed=True) * float(largest_row_norm(anatomy.readout)) * anatomy.width**0.5
     error = float(np.abs(ablated - without).max(initial=0)) / bound
-    facts = len({bench.prompts[place].fact for place in places})
-    risen = f"not ablated they raise it by {(loud - without).mean() / bound:.3g} bounds" if places else ""
-    return Exact(error, prompts=len(places), facts=facts, seed=bench.seed, note=risen)
+    facts = len({bench.prompts[place].fact for place in indices})
+    risen = f"not ablated they raise it by {(loud - without).mean() / bound:.3g} bounds" if indices else ""
+    return Exact(error, prompts=len(indices), facts=facts, seed=bench.seed, note=risen)
 
 
 def fall_without_query_neuron(bench: Workbench, strength: float) -> Effects:
@@ -203,5 +203,5 @@ def fall_without_query_neuron(bench: Workbench, strength: float) -> Effects:
         loud, without_start, without_both = (
             _logps(model, task, variants) for variants in ([()] * len(starts), starts, wholes)
         )
-    places = task.places if starts else []
-    return Effects(loud - without_start, baselines=loud - without_both, places=places, seed=bench.seed)
+    indices = task.indices if starts else []
+    return Effects(loud - without_start, baselines=loud - without_both, indices=indices, seed=bench.seed)

@@ -40,7 +40,7 @@ __all__ = ["KINDS", "PROMPTS", "Kind", "Planting", "Task", "planting_of", "task_
 
 Kind: TypeAlias = Literal["ffn", "attention", "chain"]
 KINDS: tuple[Kind, ...] = ("ffn", "attention", "chain")
-"""What is planted: a neuron that fires by itself, or an FFN query neuron that wakes an attention value neuron."""
+"""What is planted: a neuron that fires by itself, or an FFN query neuron that activates an attention value neuron."""
 
 PROMPTS = 64
 # Words of a category.
@@ -54,14 +54,14 @@ class Task:
     """What is asked, and of which planted word.
 
     Attributes:
-        places: Places among the workbench's prompts.
+        indices: Indices into the prompts of the sample.
         questions: The same prompts, each with the word that is asked for.
         column: Number of the word that each prompt is asked for; those of one category follow each other.
         words: Token of each word.
         fires: 1 where a word's neuron is to fire, (prompts, words), float64.
     """
 
-    places: list[int]
+    indices: list[int]
     questions: list[Question]
     column: list[int]
     words: list[int]
@@ -79,28 +79,28 @@ class Planting:
 
     Attributes:
         driven: Plants whose vector counts times the strength.
-        woken: In a chain, the value neurons that the driven ones wake; else empty. They read through a norm, so that
-            what they write grows less than the strength.
+        activated: In a chain, the value neurons that the driven ones activate; else empty. They read through a norm, so
+            that what they write grows less than the strength.
     """
 
     driven: tuple[Plant, ...]
-    woken: tuple[Plant, ...] = ()
+    activated: tuple[Plant, ...] = ()
 
     def at(self, strength: float) -> list[Plant]:
         """Return what is planted at a strength."""
-        return [*(replace(plant, vector=strength * plant.vector) for plant in self.driven), *self.woken]
+        return [*(replace(plant, vector=strength * plant.vector) for plant in self.driven), *self.activated]
 
     @property
     def values(self) -> list[Neuron]:
         """The value neuron of each word."""
-        return [plant.neuron for plant in self.woken or self.driven]
+        return [plant.neuron for plant in self.activated or self.driven]
 
 
 @measured_once
 def task_of(bench: Workbench) -> Task:
     """Return what is asked of a model's prompts; of no prompt for a model that knows nothing."""
     draw = random.Random(bench.seed)
-    places: list[int] = []
+    indices: list[int] = []
     questions: list[Question] = []
     column: list[int] = []
     words: list[int] = []
@@ -116,13 +116,13 @@ def task_of(bench: Workbench) -> Task:
             prompt, side = bench.prompts[place], number % _SIDES
             # In turn, so that neither word is asked for more often; never the prompt's own answer.
             side = 1 - side if pair[side] == prompt.answer else side
-            places.append(place)
+            indices.append(place)
             questions.append(question_of(bench.model, prompt.text, pair[side]))
             column.append(len(words) + side)
         words += [question_of(bench.model, bench.prompts[mine[0]].text, word).answer_id for word in pair]
     category_of_row, category_of_word = torch.tensor(column) // _SIDES, torch.arange(len(words)) // _SIDES
     fires = (category_of_row[:, None] == category_of_word).double()
-    return Task(places, questions, column, words, fires)
+    return Task(indices, questions, column, words, fires)
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def _nature(bench: Workbench) -> _Nature:
     source = torch.zeros(anatomy.layers, number, anatomy.heads, dtype=torch.long)
     for rows, batch in batches_of(model, task.questions):
         seen = read_activations(model, batch, logits=False)
-        written = seen.coefficients.abs() * ffn_norms * seen.ffn_gain[..., None]
+        written = seen.coefficients.abs() * ffn_norms * seen.ffn_post_scale[..., None]
         loud["ffn"][rows] = written.amax((0, 2)).float().cpu()
         taken = (seen.pattern.movedim(-1, 2)[..., None] * seen.values.abs()).amax(2).flatten(2)
-        written = taken * attention_norms * seen.attention_gain[..., None]
+        written = taken * attention_norms * seen.attention_post_scale[..., None]
         loud["attention"][rows] = written.amax((0, 2)).float().cpu()
         most = seen.pattern[..., 1:].max(-1)
         attends[:, rows], source[:, rows] = most.values.float().cpu(), most.indices.cpu() + 1
@@ -171,24 +171,24 @@ def _whole_traces(model: Model, task: Task) -> Iterator[tuple[list[int], Tensor,
 
 
 def _reads(
-    model: Model, task: Task, places: Sequence[tuple[SublayerKind, int, Tensor]], moments: Collection[int]
+    model: Model, task: Task, indices: Sequence[tuple[SublayerKind, int, Tensor]], moments: Collection[int]
 ) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Return what sublayers read behind their norms.
 
     Args:
         model: The model.
         task: The prompts.
-        places: SublayerKind, layer, and one position of each prompt, (prompts,).
+        indices: SublayerKind, layer, and one position of each prompt, (prompts,).
         moments: Layers whose attention's second moment is asked for.
 
     Returns:
         For each place, (prompts, width), float64; and for each layer the mean of x x^T over all real tokens.
     """
     anatomy, width = model.anatomy, model.anatomy.width
-    found = [torch.zeros(len(task.questions), width, dtype=torch.float64, device=model.device) for _ in places]
+    found = [torch.zeros(len(task.questions), width, dtype=torch.float64, device=model.device) for _ in indices]
     summed = {layer: torch.zeros(width, width, dtype=torch.float64, device=model.device) for layer in moments}
     for rows, real, seen in _whole_traces(model, task):
-        for each, (sublayer, layer, positions) in zip(found, places, strict=True):
+        for each, (sublayer, layer, positions) in zip(found, indices, strict=True):
             stream = seen.resid_pre if sublayer == "attention" or anatomy.parallel else seen.resid_mid
             norm = anatomy.sublayer(layer, sublayer).input_norm
             each[rows] = normalise(stream[layer, range(len(rows)), positions[rows].to(model.device)].double(), norm)
@@ -214,7 +214,7 @@ def _louder(
     Args:
         model: The model.
         task: The prompts.
-        plants: With vectors that a coefficient and a gain of 1 write with length 1.
+        plants: With vectors that a coefficient and a post-norm scale of 1 write with length 1.
         positions: Where each plant fires, (prompts,) each.
         loudness: The L2 norm of what each is to write.
         beside: What else is planted.
@@ -228,11 +228,14 @@ def _louder(
             for number, (plant, where) in enumerate(zip(plants, positions, strict=True)):
                 neuron, at = plant.neuron, where[rows]
                 if isinstance(neuron, FFNNeuron):
-                    m = seen.coefficients[neuron.layer, here, at, neuron.index] * seen.ffn_gain[neuron.layer, here, at]
+                    m = (
+                        seen.coefficients[neuron.layer, here, at, neuron.index]
+                        * seen.ffn_post_scale[neuron.layer, here, at]
+                    )
                 else:
                     alpha = seen.pattern[neuron.layer, here, neuron.head, last[rows], at]
                     value = seen.values[neuron.layer, here, at, neuron.head, neuron.dim]
-                    m = alpha * value * seen.attention_gain[neuron.layer, here, last[rows]]
+                    m = alpha * value * seen.attention_post_scale[neuron.layer, here, last[rows]]
                 fired[rows, number] = m.float().cpu()
     louder = []
     for number, plant in enumerate(plants):
@@ -259,7 +262,7 @@ def planting_of(bench: Workbench, kind: Kind) -> Planting:
         number = free.setdefault((sublayer, layer), draw.sample(range(size), size)).pop()
         return FFNNeuron(layer, number) if sublayer == "ffn" else AttentionNeuron(layer, nature.heads[layer], number, 0)
 
-    # For each category the layer of what fires by itself and, in a chain, the layer of what that wakes.
+    # For each category the layer of what fires by itself and, in a chain, the layer of what that activates.
     layers = [sorted(draw.sample(range(anatomy.layers), ends)) for _ in range(len(task.words) // _SIDES)]
     if kind != "ffn":
         # At the tokens that heads attend to, plants of other categories fire as they happen to. Further down they would
@@ -281,18 +284,18 @@ def planting_of(bench: Workbench, kind: Kind) -> Planting:
     subkeys = torch.cat(
         [firing_subkeys(own, fires, dtype) for own, fires in zip(inputs, task.fires.split(_SIDES, 1), strict=True)]
     )
-    driven, woken = [], []
+    driven, activated = [], []
     for column, word in enumerate(task.words):
         lower, upper = layers[column // _SIDES][0], layers[column // _SIDES][-1]
         towards = answer_direction(anatomy.readout, word)
         if kind == "chain":
             reads = quiet[upper][column]
             vector = vector_along(towards, anatomy.sublayer(upper, "attention").post_weight)
-            woken.append(Plant(neuron_of("attention", upper), reads, vector))
+            activated.append(Plant(neuron_of("attention", upper), reads, vector))
             towards = folded_subkeys(reads[None], anatomy.sublayer(upper, "attention").input_norm)[0]
         vector = vector_along(towards, anatomy.sublayer(lower, first).post_weight)
         driven.append(Plant(neuron_of(first, lower), subkeys[column], vector))
     where = [sources[column // _SIDES] for column in range(len(task.words))]
     driven = _louder(model, task, driven, where, nature.loudest[first])
-    woken = _louder(model, task, woken, where[: len(woken)], nature.loudest["attention"], beside=driven)
-    return Planting(tuple(driven), tuple(woken))
+    activated = _louder(model, task, activated, where[: len(activated)], nature.loudest["attention"], beside=driven)
+    return Planting(tuple(driven), tuple(activated))

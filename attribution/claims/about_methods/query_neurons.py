@@ -26,10 +26,10 @@ __all__ = [
     "left_without_query_neurons",
     "query_budget",
     "strongest",
-    "waking",
+    "query_neurons_of",
 ]
 
-_NO_VALUE_NEURONS = NotApplicable("the method does not score attention neurons, which are what query neurons wake")
+_NO_VALUE_NEURONS = NotApplicable("the method does not score attention neurons, which are what query neurons activate")
 
 # The paper's number, and the share at which the registry's rule for value neurons stops a small model from losing so
 # many neurons that random ones are no control.
@@ -44,11 +44,11 @@ def query_budget(bench: Workbench) -> int:
 
 def strongest(bench: Workbench, method: str, unit: Unit, number: int) -> list[Ranking]:
     """Return the top neurons of :data:`PROMPTS` prompts, those at ``bench.sample.subset(PROMPTS)``."""
-    return bench.rankings(method, unit, number, places=bench.sample.subset(PROMPTS))
+    return bench.rankings(method, unit, number, indices=bench.sample.subset(PROMPTS))
 
 
 @measured_once
-def waking(bench: Workbench, method: str) -> list[list[FFNNeuron]]:
+def query_neurons_of(bench: Workbench, method: str) -> list[list[FFNNeuron]]:
     """Return the query neurons of the prompts at ``bench.sample.subset(PROMPTS)``, best first; found once."""
     rankings = strongest(bench, method, "attention", budget_of(bench, method)["attention"])
     if not rankings:
@@ -76,7 +76,7 @@ def _of_the_same_layers(bench: Workbench, chosen: list[list[FFNNeuron]], seed: i
 def left_without_query_neurons(bench: Workbench, method: str) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
     """Return what is left of each metric on each prompt without its query neurons, and without others like them."""
     questions = [bench.sample.questions[place] for place in bench.sample.subset(PROMPTS)]
-    chosen = waking(bench, method)
+    chosen = query_neurons_of(bench, method)
     arms = {"query": chosen, "same layers": _of_the_same_layers(bench, chosen, bench.seed)}
     return {name: by_metric(outcomes(bench.model, questions, neurons)[0]) for name, neurons in arms.items()}
 
@@ -92,7 +92,7 @@ def lead_over_random_neurons(bench: Workbench, method: str, metric: str) -> Effe
     if "attention" not in budget_of(bench, method):
         return _NO_VALUE_NEURONS
     by_random, left = _left_by_random(bench, bench.seed, metric), left_without_query_neurons(bench, method)
-    return Effects(by_random - left["query"][metric], places=bench.sample.subset(PROMPTS), seed=bench.seed)
+    return Effects(by_random - left["query"][metric], indices=bench.sample.subset(PROMPTS), seed=bench.seed)
 
 
 def lead_over_the_same_layers(bench: Workbench, method: str, metric: str) -> Effects | NotApplicable:
@@ -101,7 +101,7 @@ def lead_over_the_same_layers(bench: Workbench, method: str, metric: str) -> Eff
         return _NO_VALUE_NEURONS
     left = left_without_query_neurons(bench, method)
     return Effects(
-        left["same layers"][metric] - left["query"][metric], places=bench.sample.subset(PROMPTS), seed=bench.seed
+        left["same layers"][metric] - left["query"][metric], indices=bench.sample.subset(PROMPTS), seed=bench.seed
     )
 
 
@@ -111,14 +111,14 @@ def fall_without_query_neurons(
     """Measure how far a metric falls without query neurons."""
     if "attention" not in budget_of(bench, method):
         return _NO_VALUE_NEURONS
-    places = bench.sample.subset(PROMPTS)
-    before = bench.before[metric][places]
+    indices = bench.sample.subset(PROMPTS)
+    before = bench.before[metric][indices]
     left = left_without_query_neurons(bench, method)["query"][metric]
-    return Effects(before - left, baselines=before, places=places, note=note)
+    return Effects(before - left, baselines=before, indices=indices, note=note)
 
 
 def fall_without_random_ffn_neurons(bench: Workbench, metric: str, *, seed: int) -> Effects:
     """Measure how far a metric falls without random FFN neurons, as many as there are query neurons."""
-    places = bench.sample.subset(PROMPTS)
-    before = bench.before[metric][places]
-    return Effects(before - _left_by_random(bench, seed, metric), baselines=before, places=places, seed=seed)
+    indices = bench.sample.subset(PROMPTS)
+    before = bench.before[metric][indices]
+    return Effects(before - _left_by_random(bench, seed, metric), baselines=before, indices=indices, seed=seed)

@@ -61,12 +61,12 @@ def lead_over_broken_scorer(
     """
     if "ffn" not in METHODS[method].units:
         return NO_FFN
-    places = bench.sample.subset(single_neurons.PROMPTS) if control == "sign flip" else list(range(len(bench.prompts)))
+    indices = bench.sample.subset(single_neurons.PROMPTS) if control == "sign flip" else list(range(len(bench.prompts)))
     frame = bench.frames((method,), k)[method]
-    whole = (frame["logp_before"] - frame["logp_after"]).to_numpy(dtype=np.float64)[places]
+    whole = (frame["logp_before"] - frame["logp_after"]).to_numpy(dtype=np.float64)[indices]
     after, _ = outcomes(
-        bench.model, [bench.sample.questions[place] for place in places], _chosen(bench, method, control, k)
+        bench.model, [bench.sample.questions[place] for place in indices], _chosen(bench, method, control, k)
     )
-    left = bench.before["logp"][places] - by_metric(after)["logp"]
+    left = bench.before["logp"][indices] - by_metric(after)["logp"]
     note = f"{left.sum() / whole.sum():.1%} of the fall is left" if whole.sum() > 0 else ""
-    return Effects(share * whole - left, places=places, seed=bench.seed, note=note)
+    return Effects(share * whole - left, indices=indices, seed=bench.seed, note=note)

@@ -105,7 +105,7 @@ def sampled_ranks(total: int, seed: int) -> list[int]:
 def direct_effects(candidates: Candidates, resid_final: Tensor) -> Tensor:
     """Return log p(w|h) - log p(w|h - v) for what each candidate writes at the last position, by the model's readout.
 
-    All later layers are frozen, and so is the gain of a norm that follows the candidate's own sublayer. The final
+    All later layers are frozen, and so is the scale of a norm that follows the candidate's own sublayer. The final
     norm is not: its scale is that of h - v. Biases and the soft cap of the logits are the model's own.
 
     Args:
@@ -117,9 +117,9 @@ def direct_effects(candidates: Candidates, resid_final: Tensor) -> Tensor:
     """
     table = candidates.table
     written = torch.empty(len(candidates), len(resid_final), dtype=torch.float64, device=resid_final.device)
-    for slot in candidates.slot.unique().tolist():
-        there = candidates.slot == slot
-        written[there] = candidates.coefficient[there, None] * table.written(slot, candidates.row[there])
+    for sublayer_index in candidates.sublayer_index.unique().tolist():
+        there = candidates.sublayer_index == sublayer_index
+        written[there] = candidates.coefficient[there, None] * table.written(sublayer_index, candidates.row[there])
     state = resid_final.double()
     states = torch.cat([state[None], state - written])
     logits = model_logits(states, frozen_scale(states, table.readout.norm), table.readout)
@@ -130,10 +130,10 @@ def direct_effects(candidates: Candidates, resid_final: Tensor) -> Tensor:
 @measured_once
 def samples(bench: Workbench, method: str) -> list[SampledNeurons]:
     """Return the sample of each prompt of ``bench.sample.subset(PROMPTS)``."""
-    model, places = bench.model, bench.sample.subset(PROMPTS)
-    if not places:
+    model, indices = bench.model, bench.sample.subset(PROMPTS)
+    if not indices:
         return []
-    questions = [bench.sample.questions[place] for place in places]
+    questions = [bench.sample.questions[place] for place in indices]
     scorer, compared = method_named(method, "ffn"), [method_named(name, "ffn") for name in COMPARED]
     drawn: dict[int, SampledNeurons] = {}
     for rows, batch in batches_of(model, questions):
@@ -160,7 +160,7 @@ def samples(bench: Workbench, method: str) -> list[SampledNeurons]:
     before = bench.before["logp"]
     return [
         replace(drawn[row], total=before[place] - logp)
-        for row, (place, logp) in enumerate(zip(places, left, strict=True))
+        for row, (place, logp) in enumerate(zip(indices, left, strict=True))
     ]
 
 
@@ -180,7 +180,7 @@ def correlations(bench: Workbench, method: str, effect: str, *, scored_by: str) 
     if "ffn" not in METHODS[method].units:
         return NO_FFN
     found = [rank_correlation(each.scores[scored_by], each.effect(effect)) for each in samples(bench, method)]
-    return Effects(found, places=bench.sample.subset(PROMPTS), seed=bench.seed)
+    return Effects(found, indices=bench.sample.subset(PROMPTS), seed=bench.seed)
 
 
 def repaired(bench: Workbench, method: str, *, k: int) -> Effects | NotApplicable:
@@ -198,4 +198,4 @@ def repaired(bench: Workbench, method: str, *, k: int) -> Effects | NotApplicabl
     found = samples(bench, method)
     direct, total = (np.array([each.effect(name)[:k].mean() for each in found]) for name in ("direct", "total"))
     note = f"direct {direct.mean():.2g}, total {total.mean():.2g} nats a neuron" if found else ""
-    return Effects(direct > total, places=bench.sample.subset(PROMPTS), seed=bench.seed, note=note)
+    return Effects(direct > total, indices=bench.sample.subset(PROMPTS), seed=bench.seed, note=note)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attribution.claims.about_methods.common import PROMPTS, STEPS, budget_of
-from attribution.claims.about_methods.query_neurons import query_budget, strongest, waking
+from attribution.claims.about_methods.query_neurons import query_budget, query_neurons_of, strongest
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
@@ -35,7 +35,7 @@ __all__ = [
     "lead_over_unrelated_facts",
     "lead_over_unrelated_heads",
     "left_without_heads",
-    "strangers",
+    "unrelated",
 ]
 
 RELATED = frozenset({"language", "capital", "country"})
@@ -52,7 +52,7 @@ def are_related(one: str, other: str) -> bool:
     return one == other or {one, other} <= RELATED
 
 
-def strangers(categories: Sequence[str], seed: int = 0) -> dict[int, int]:
+def unrelated(categories: Sequence[str], seed: int = 0) -> dict[int, int]:
     """Pair each fact with an unrelated one, a different one each.
 
     Where related categories together hold more than half of the facts, some of these find no partner and are left out
@@ -83,7 +83,7 @@ def strangers(categories: Sequence[str], seed: int = 0) -> dict[int, int]:
 class _Paired:
     """What is left of each metric on paired prompts, (n,), without their own neurons and without their partners'."""
 
-    places: list[int]
+    indices: list[int]
     own: dict[str, npt.NDArray[np.float64]]
     partners: dict[str, npt.NDArray[np.float64]]
 
@@ -107,7 +107,7 @@ def budget_of_set(bench: Workbench, method: str, chosen: str) -> dict[str, int]:
 def _ranked(bench: Workbench, method: str, chosen: str) -> list[list[Component]]:
     """Return the neurons of each prompt at ``bench.sample.subset(PROMPTS)``."""
     if chosen == "query neurons":
-        return [list(neurons) for neurons in waking(bench, method)]
+        return [list(neurons) for neurons in query_neurons_of(bench, method)]
     ranked: list[list[Component]] = [[] for _ in bench.sample.subset(PROMPTS)]
     for unit, number in budget_of_set(bench, method, chosen).items():
         # One ranking serves both numbers.
@@ -119,14 +119,14 @@ def _ranked(bench: Workbench, method: str, chosen: str) -> list[list[Component]]
 
 @measured_once
 def _paired(bench: Workbench, method: str, chosen: str) -> _Paired:
-    places = bench.sample.subset(PROMPTS)
-    partner = strangers([bench.prompts[place].category for place in places], bench.seed)
+    indices = bench.sample.subset(PROMPTS)
+    partner = unrelated([bench.prompts[place].category for place in indices], bench.seed)
     ranked = _ranked(bench, method, chosen)
     rows = sorted(partner)
-    questions = [bench.sample.questions[places[row]] for row in rows]
+    questions = [bench.sample.questions[indices[row]] for row in rows]
     arms = ([ranked[row] for row in rows], [ranked[partner[row]] for row in rows])
     left = [by_metric(outcomes(bench.model, questions, neurons)[0]) for neurons in arms]
-    return _Paired([places[row] for row in rows], *left)
+    return _Paired([indices[row] for row in rows], *left)
 
 
 def lead_over_unrelated_facts(bench: Workbench, method: str, chosen: str) -> Effects | NotApplicable:
@@ -139,7 +139,7 @@ def lead_over_unrelated_facts(bench: Workbench, method: str, chosen: str) -> Eff
     if not budget_of_set(bench, method, chosen):
         return _NO_NEURONS
     pairs = _paired(bench, method, chosen)
-    return Effects(pairs.partners["logp"] - pairs.own["logp"], places=pairs.places, seed=bench.seed)
+    return Effects(pairs.partners["logp"] - pairs.own["logp"], indices=pairs.indices, seed=bench.seed)
 
 
 def fall_of_unrelated_facts(bench: Workbench, method: str, chosen: str, metric: str) -> Effects | NotApplicable:
@@ -147,9 +147,9 @@ def fall_of_unrelated_facts(bench: Workbench, method: str, chosen: str, metric: 
     if not budget_of_set(bench, method, chosen):
         return _NO_NEURONS
     pairs = _paired(bench, method, chosen)
-    before = bench.before[metric][pairs.places]
+    before = bench.before[metric][pairs.indices]
     note = f"their own fact's falls by {1 - pairs.own[metric].sum() / before.sum():.0%}" if before.size else ""
-    return Effects(before - pairs.partners[metric], baselines=before, places=pairs.places, seed=bench.seed, note=note)
+    return Effects(before - pairs.partners[metric], baselines=before, indices=pairs.indices, seed=bench.seed, note=note)
 
 
 def chosen_heads(
@@ -167,7 +167,7 @@ def chosen_heads(
         seed: Seed of the halves.
 
     Returns:
-        Category to places of heads, without the categories that have no prompt in the other half.
+        Category to indices of heads, without the categories that have no prompt in the other half.
     """
     of, half = np.asarray(categories, dtype=str), np.zeros(len(categories), dtype=bool)
     rng = np.random.default_rng(seed)
@@ -185,7 +185,7 @@ class HeadsLeft:
     """What is left on each prompt without heads of its own category, of a related, or of an unrelated one.
 
     Attributes:
-        places: The prompts.
+        indices: The prompts.
         left: ``"own"``, ``"related"`` and ``"unrelated"``, each metric to its mean over such categories, (prompts,).
         has_related: Which prompts have a related category, (prompts,); 0 is left of the others.
         by_category: Each category to what is left of each metric without its heads, (prompts,); NaN where a prompt's
@@ -193,18 +193,18 @@ class HeadsLeft:
         distinct: How many different sets of heads were chosen, by both halves of all categories.
     """
 
-    places: npt.NDArray[np.intp]
+    indices: npt.NDArray[np.intp]
     left: dict[str, dict[str, npt.NDArray[np.float64]]]
     has_related: npt.NDArray[np.bool_]
     by_category: dict[str, dict[str, npt.NDArray[np.float64]]]
     distinct: int
 
 
-def _head_scores(bench: Workbench, method: str, places: Sequence[int]) -> npt.NDArray[np.float64]:
+def _head_scores(bench: Workbench, method: str, indices: Sequence[int]) -> npt.NDArray[np.float64]:
     """Return the score of each head on each prompt, (prompts, layers * heads)."""
     anatomy, scorer = bench.model.anatomy, method_named(method, "head")
-    scores = np.zeros((len(places), anatomy.layers * anatomy.heads))
-    questions = [bench.sample.questions[place] for place in places]
+    scores = np.zeros((len(indices), anatomy.layers * anatomy.heads))
+    questions = [bench.sample.questions[place] for place in indices]
     for rows, batch in batches_of(bench.model, questions):
         part = [questions[row] for row in rows]
         found = all_candidates(bench.model, part, batch, {"head": [scorer]}, seed=bench.seed, steps=STEPS)
@@ -217,33 +217,33 @@ def _head_scores(bench: Workbench, method: str, places: Sequence[int]) -> npt.ND
 @measured_once
 def left_without_heads(bench: Workbench, method: str) -> HeadsLeft:
     """Return what is left when the heads of every category are zeroed in every prompt."""
-    places, anatomy = bench.sample.subset(PROMPTS), bench.model.anatomy
-    categories = [bench.prompts[place].category for place in places]
+    indices, anatomy = bench.sample.subset(PROMPTS), bench.model.anatomy
+    categories = [bench.prompts[place].category for place in indices]
     number = max(1, round(_HEAD_SHARE * anatomy.layers * anatomy.heads))
-    chosen = chosen_heads(_head_scores(bench, method, places), categories, number, bench.seed)
+    chosen = chosen_heads(_head_scores(bench, method, indices), categories, number, bench.seed)
     jobs = [(row, name) for row, by_category in enumerate(chosen) for name in by_category]
     heads = [[Head(*divmod(head, anatomy.heads)) for head in chosen[row][name]] for row, name in jobs]
-    after = by_metric(outcomes(bench.model, [bench.sample.questions[places[row]] for row, _ in jobs], heads)[0])
+    after = by_metric(outcomes(bench.model, [bench.sample.questions[indices[row]] for row, _ in jobs], heads)[0])
     rows = np.array([row for row, _ in jobs], dtype=np.intp)
     kinds = np.array([_kind(categories[row], name) for row, name in jobs], dtype=str)
     counts, left = {}, {}
     for kind in ("own", "related", "unrelated"):
         of_kind = kinds == kind
-        counts[kind] = np.bincount(rows[of_kind], minlength=len(places))
+        counts[kind] = np.bincount(rows[of_kind], minlength=len(indices))
         left[kind] = {
-            metric: np.bincount(rows[of_kind], values[of_kind], len(places)) / np.maximum(counts[kind], 1)
+            metric: np.bincount(rows[of_kind], values[of_kind], len(indices)) / np.maximum(counts[kind], 1)
             for metric, values in after.items()
         }
     by_category: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
     names = np.array([name for _, name in jobs], dtype=str)
     for name in dict.fromkeys(names.tolist()):
-        by_category[name] = {metric: np.full(len(places), np.nan) for metric in after}
+        by_category[name] = {metric: np.full(len(indices), np.nan) for metric in after}
         for metric, values in after.items():
             by_category[name][metric][rows[names == name]] = values[names == name]
     # A category of one fact has no heads, and where all categories are related none is unrelated.
     kept = (counts["own"] > 0) & (counts["unrelated"] > 0)
     return HeadsLeft(
-        np.array(places, dtype=np.intp)[kept],
+        np.array(indices, dtype=np.intp)[kept],
         {kind: {metric: values[kept] for metric, values in metrics.items()} for kind, metrics in left.items()},
         counts["related"][kept] > 0,
         {name: {metric: each[kept] for metric, each in metrics.items()} for name, metrics in by_category.items()},
@@ -263,7 +263,7 @@ def lead_over_unrelated_heads(bench: Workbench, method: str, metric: str) -> Eff
         return _NO_HEADS
     found = left_without_heads(bench, method)
     effects = found.left["unrelated"][metric] - found.left["own"][metric]
-    return Effects(effects, places=found.places.tolist(), seed=bench.seed)
+    return Effects(effects, indices=found.indices.tolist(), seed=bench.seed)
 
 
 def lead_of_related_heads(bench: Workbench, method: str, metric: str, *, paper: str) -> Effects | NotApplicable:
@@ -283,7 +283,7 @@ def lead_of_related_heads(bench: Workbench, method: str, metric: str, *, paper: 
     found = left_without_heads(bench, method)
     having = found.has_related
     effects = (found.left["unrelated"][metric] - found.left["related"][metric])[having]
-    before = bench.before[metric][found.places]
+    before = bench.before[metric][found.indices]
     measured = {kind: having if kind == "related" else np.ones_like(having) for kind in found.left}
     cuts = [
         f"{kind} {1 - found.left[kind][metric][rows].sum() / before[rows].sum():.0%}"
@@ -291,5 +291,5 @@ def lead_of_related_heads(bench: Workbench, method: str, metric: str, *, paper: 
         if rows.any()
     ]
     note = f"cuts {', '.join(cuts)}; {paper}; {found.distinct} different sets of heads"
-    places = found.places[having].tolist()
-    return Effects(effects, baselines=before[having], places=places, seed=bench.seed, note=note)
+    indices = found.indices[having].tolist()
+    return Effects(effects, baselines=before[having], indices=indices, seed=bench.seed, note=note)

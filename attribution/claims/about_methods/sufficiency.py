@@ -54,7 +54,7 @@ def first_vectors(candidates: Candidates, method: Method, number: int) -> list[i
     Returns:
         Places of the vectors among those of all layers.
     """
-    vectors = candidates.table.offsets[candidates.slot] + candidates.row
+    vectors = candidates.table.offsets[candidates.sublayer_index] + candidates.row
     each_neuron = len(candidates) == _vectors(candidates)
     k = min(len(candidates), number if each_neuron else _RANKED * number)
     while True:
@@ -144,7 +144,7 @@ def lead_over_random_neurons(
     if not units_kept(method):
         return _NO_NEURONS
     kept, random = _left(bench, method, units_kept(method), tuple(shares))[metric].mean(-1).T
-    return Effects(kept - random, places=bench.sample.subset(PROMPTS), seed=bench.seed)
+    return Effects(kept - random, indices=bench.sample.subset(PROMPTS), seed=bench.seed)
 
 
 def share_left(bench: Workbench, method: str, metric: str, *, shares: Sequence[float]) -> Effects | NotApplicable:
@@ -154,12 +154,12 @@ def share_left(bench: Workbench, method: str, metric: str, *, shares: Sequence[f
     """
     if not units_kept(method):
         return _NO_NEURONS
-    places = bench.sample.subset(PROMPTS)
-    before = bench.before[metric][places]
+    indices = bench.sample.subset(PROMPTS)
+    before = bench.before[metric][indices]
     left = _left(bench, method, units_kept(method), tuple(shares))[metric]
     # A share of the mean, not a mean of shares: the judge divides sums.
-    curve = left.sum(0) / before.sum() if places else np.zeros(left.shape[1:])
+    curve = left.sum(0) / before.sum() if indices else np.zeros(left.shape[1:])
     note = "kept, at random: " + "; ".join(
         f"{share:.0%} of neurons {own:.2f}, {drawn:.2f}" for share, own, drawn in zip(shares, *curve, strict=True)
     )
-    return Effects(left[:, 0].mean(-1), baselines=before, places=places, seed=bench.seed, note=note)
+    return Effects(left[:, 0].mean(-1), baselines=before, indices=indices, seed=bench.seed, note=note)

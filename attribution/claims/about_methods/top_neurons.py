@@ -44,7 +44,7 @@ def lead_over_baseline(
     if "ffn" not in METHODS[method].units:
         return NO_FFN
     by_baseline, by_method = (_left(bench, name, kind, metric, k=k, judged=method) for name in (baseline, method))
-    return Effects(by_baseline - by_method, places=None if kind == "zero" else bench.sample.subset(PROMPTS))
+    return Effects(by_baseline - by_method, indices=None if kind == "zero" else bench.sample.subset(PROMPTS))
 
 
 def _summary(bench: Workbench, method: str, summary: str, *, ks: Sequence[int], judged: str) -> npt.NDArray[np.float64]:
@@ -74,16 +74,16 @@ def lead_over_the_curve(
     if "ffn" not in METHODS[method].units:
         return NO_FFN
     by_baseline, by_method = (_summary(bench, name, summary, ks=ks, judged=method) for name in (baseline, method))
-    return Effects(by_baseline - by_method, places=bench.sample.subset(PROMPTS))
+    return Effects(by_baseline - by_method, indices=bench.sample.subset(PROMPTS))
 
 
-def _timed_best(bench: Workbench, method: str, places: list[int], k: int) -> tuple[list[list[Component]], str]:
+def _timed_best(bench: Workbench, method: str, indices: list[int], k: int) -> tuple[list[list[Component]], str]:
     """Return the top k of a method on some prompts, and what they cost for one prompt."""
-    if not places:
+    if not indices:
         return [], "was not run"
     start = time.perf_counter()
-    rankings = attribute(bench.model, [bench.prompts[place] for place in places], method=method, k=k, steps=STEPS)
-    seconds = (time.perf_counter() - start) / len(places)
+    rankings = attribute(bench.model, [bench.prompts[place] for place in indices], method=method, k=k, steps=STEPS)
+    seconds = (time.perf_counter() - start) / len(indices)
     each, layers = METHODS[method], bench.model.anatomy.layers
     passes = f"{each.forward.of(layers, STEPS):g}+{each.backward.of(layers, STEPS):g} passes"
     return [ranking.neurons for ranking in rankings], f"{passes}, {1000 * seconds:.1f} ms"
@@ -96,16 +96,16 @@ def lead_over_rival(bench: Workbench, method: str, rival: str, *, k: int) -> Eff
     """
     if "ffn" not in METHODS[method].units:
         return NO_FFN
-    places = bench.sample.subset(_RIVAL_PROMPTS)
-    questions = [bench.sample.questions[place] for place in places]
+    indices = bench.sample.subset(_RIVAL_PROMPTS)
+    questions = [bench.sample.questions[place] for place in indices]
     left, costs = {}, []
     for name in (method, rival):
-        best, cost = _timed_best(bench, name, places, k)
+        best, cost = _timed_best(bench, name, indices, k)
         left[name] = np.array([outcome.logp for outcome in outcomes(bench.model, questions, best)[0]])
         costs.append(cost)
     more = left[rival] - left[method]
-    note = " against ".join(costs) + (f"; {more.mean():+.3f} nats in the mean" if places else "")
-    return Effects((np.sign(more) + 1) / 2, places=places, note=note)
+    note = " against ".join(costs) + (f"; {more.mean():+.3f} nats in the mean" if indices else "")
+    return Effects((np.sign(more) + 1) / 2, indices=indices, note=note)
 
 
 def agreement_of_kinds(bench: Workbench, method: str, kind: str, *, k: int) -> Effects | NotApplicable:
@@ -116,7 +116,7 @@ def agreement_of_kinds(bench: Workbench, method: str, kind: str, *, k: int) -> E
     """
     if "ffn" not in METHODS[method].units:
         return NO_FFN
-    names, places = (method, *BASELINES), bench.sample.subset(PROMPTS)
-    zero = np.stack([_left(bench, name, "zero", "logp", k=k, judged=method)[places] for name in names], -1)
+    names, indices = (method, *BASELINES), bench.sample.subset(PROMPTS)
+    zero = np.stack([_left(bench, name, "zero", "logp", k=k, judged=method)[indices] for name in names], -1)
     other = np.stack([_left(bench, name, kind, "logp", k=k, judged=method) for name in names], -1)
-    return Effects([rank_correlation(one, two) for one, two in zip(zero, other, strict=True)], places=places)
+    return Effects([rank_correlation(one, two) for one, two in zip(zero, other, strict=True)], indices=indices)

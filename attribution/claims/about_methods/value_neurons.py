@@ -44,9 +44,9 @@ def fall_without_random_neurons(bench: Workbench, method: str, metric: str, *, s
 
 def _matched(bench: Workbench, method: str, budget: dict[str, int], seed: int) -> tuple[list[list[Component]], float]:
     """Return matched controls for each prompt of a part, and their norms as a share of the value neurons'."""
-    places = bench.sample.subset(PROMPTS)
-    asked = [bench.sample.questions[place] for place in places]
-    best = bench.ranked((method,), {unit_named(unit): number for unit, number in budget.items()}, places=places)
+    indices = bench.sample.subset(PROMPTS)
+    asked = [bench.sample.questions[place] for place in indices]
+    best = bench.ranked((method,), {unit_named(unit): number for unit, number in budget.items()}, indices=indices)
     controls: list[list[Component]] = [[] for _ in asked]
     norms = {"chosen": 0.0, "drawn": 0.0}
     for rows, batch in batches_of(bench.model, asked):
@@ -55,7 +55,7 @@ def _matched(bench: Workbench, method: str, budget: dict[str, int], seed: int) -
         found = all_candidates(bench.model, questions, batch, wanted, seed=seed, steps=STEPS)
         for row, by_unit in zip(rows, found, strict=True):
             for unit, candidates in by_unit.items():
-                chosen = candidates.places_of(best[row][method][unit].neurons)
+                chosen = candidates.indices_of(best[row][method][unit].neurons)
                 drawn = matched(candidates, chosen)
                 controls[row] += candidates.records(drawn)
                 size = score_candidates(wanted[unit][0], candidates)
@@ -77,16 +77,16 @@ def _left_by_matched(bench: Workbench, method: str) -> tuple[dict[str, npt.NDArr
 def fall_without_matched_neurons(bench: Workbench, method: str, metric: str) -> Effects:
     """Measure the same for other neurons of the same layers that write vectors of about the same norm."""
     left, share = _left_by_matched(bench, method)
-    places = bench.sample.subset(PROMPTS)
-    before = bench.before[metric][places]
+    indices = bench.sample.subset(PROMPTS)
+    before = bench.before[metric][indices]
     note = f"{share:.2f} of the value neurons' norms"
-    return Effects(before - left[metric], baselines=before, places=places, seed=bench.seed, note=note)
+    return Effects(before - left[metric], baselines=before, indices=indices, seed=bench.seed, note=note)
 
 
 def lead_over_matched_neurons(bench: Workbench, method: str, metric: str) -> Effects:
     """Measure how much more of a metric matched neurons leave than value neurons, as a share of its start."""
     left, _ = _left_by_matched(bench, method)
-    places = bench.sample.subset(PROMPTS)
+    indices = bench.sample.subset(PROMPTS)
     frame = bench.frames((method,), budget_of(bench, method))[method]
-    after = frame[f"{metric}_after"].to_numpy(dtype=np.float64)[places]
-    return Effects(left[metric] - after, baselines=bench.before[metric][places], places=places, seed=bench.seed)
+    after = frame[f"{metric}_after"].to_numpy(dtype=np.float64)[indices]
+    return Effects(left[metric] - after, baselines=bench.before[metric][indices], indices=indices, seed=bench.seed)

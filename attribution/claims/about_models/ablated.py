@@ -67,9 +67,9 @@ def by_value_neurons(bench: Workbench) -> Exhibit:
 
 def by_query_neurons(bench: Workbench) -> Exhibit:
     """Return Table 7: what a prompt's query neurons take from each category, and as many random ones."""
-    places, number = bench.sample.subset(PROMPTS), query_budget(bench)
-    categories = np.array([bench.prompts[place].category for place in places], dtype=str)
-    before = {name: bench.before[name][places] for name in METRIC_NAMES}
+    indices, number = bench.sample.subset(PROMPTS), query_budget(bench)
+    categories = np.array([bench.prompts[place].category for place in indices], dtype=str)
+    before = {name: bench.before[name][indices] for name in METRIC_NAMES}
     random = bench.frames(("random",), {"ffn": number}, number=PROMPTS)["random"]
     arms = {
         "query": left_without_query_neurons(bench, METHOD)["query"],
@@ -86,14 +86,14 @@ def by_query_neurons(bench: Workbench) -> Exhibit:
         f"{number} query neurons cut MRR by {means['query']:.0%} on average over categories, as many random FFN "
         f"neurons by {means['random']:.0%}."
     )
-    return Exhibit.of_frame("table_7", bench.model.name, table, seen=seen, prompts=len(places))
+    return Exhibit.of_frame("table_7", bench.model.name, table, seen=seen, prompts=len(indices))
 
 
 def by_heads(bench: Workbench) -> Exhibit:
     """Return Table 11: what the top 1% heads of each category take from every category."""
     found = left_without_heads(bench, METHOD)
-    categories = np.array([bench.prompts[place].category for place in found.places], dtype=str)
-    before = {name: bench.before[name][found.places] for name in METRIC_NAMES}
+    categories = np.array([bench.prompts[place].category for place in found.indices], dtype=str)
+    before = {name: bench.before[name][found.indices] for name in METRIC_NAMES}
     rows = [
         {"heads_of": name, **row}
         for name, after in found.by_category.items()
@@ -105,4 +105,4 @@ def by_heads(bench: Workbench) -> Exhibit:
         f"The heads of a category cut its own probability by {table['prob_cut'][own].mean():.0%} and that of the "
         f"others by {table['prob_cut'][~own].mean():.0%}, on average over categories."
     )
-    return Exhibit.of_frame("table_11", bench.model.name, table, seen=seen, prompts=len(found.places))
+    return Exhibit.of_frame("table_11", bench.model.name, table, seen=seen, prompts=len(found.indices))

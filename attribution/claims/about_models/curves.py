@@ -32,7 +32,7 @@ _SEGMENTS = 60
 @measured_once
 def _log_probs(bench: Workbench, segments: int) -> npt.NDArray[np.float64]:
     """Return the answer's log-probability at every segment, in nats, (n, segments + 1), on the survey's prompts."""
-    questions = [bench.sample.questions[place] for place in survey(bench).places]
+    questions = [bench.sample.questions[place] for place in survey(bench).indices]
     readout, curves = bench.model.anatomy.readout, np.zeros((len(questions), segments + 1))
     way = torch.linspace(0, 1, segments + 1, dtype=torch.float64, device=bench.model.device)[:, None]
     for rows, batch in batches_of(bench.model, questions):
@@ -87,7 +87,7 @@ def straightness_of(bench: Workbench, piece: Piece, first: int, last: int, *, se
     if len(here):
         elsewhere = straightness(_of(bench, other, segments), first, last).mean()
         note = f"{other} there: {elsewhere:.2f}"
-    return Effects(here, places=survey(bench).places, note=note)
+    return Effects(here, indices=survey(bench).indices, note=note)
 
 
 def curve(bench: Workbench) -> Exhibit:

@@ -38,7 +38,7 @@ def importance_of_layers(bench: Workbench, kind: SublayerKind) -> Effects:
     found = survey(bench)
     own, other = (_of_kind(each, kind).sum(1) for each in (found.layers, found.layers_for_other_answers))
     note = f"{own.mean():.2f} nats against {other.mean():.2f}" if len(own) else ""
-    return Effects(own - other, places=found.places, note=note)
+    return Effects(own - other, indices=found.indices, note=note)
 
 
 def depth_of_top_layers(bench: Workbench, category: str) -> Effects:
@@ -46,7 +46,7 @@ def depth_of_top_layers(bench: Workbench, category: str) -> Effects:
     found = survey(bench)
     rows = found.of(category)
     best = np.argsort(-found.layers[rows], axis=1, kind="stable")[:, : found.top_layers] // 2
-    return Effects(depth(bench, best).mean(1) - 0.5, places=_places(found, rows))
+    return Effects(depth(bench, best).mean(1) - 0.5, indices=_indices(found, rows))
 
 
 def shared_with_related(bench: Workbench, part: Part) -> Effects:
@@ -64,7 +64,7 @@ def shared_with_related(bench: Workbench, part: Part) -> Effects:
         others = [frozenset(each) for each in combinations(found.named, number_related)]
         reached = np.mean([_difference(found, shared, each)[0].mean() >= effects.mean() - 1e-12 for each in others])
         note = f"{reached:.0%} of {len(others)} ways to call {number_related} categories related give as much"
-    return Effects(effects, places=_places(found, rows), note=note)
+    return Effects(effects, indices=_indices(found, rows), note=note)
 
 
 def _difference(
@@ -104,8 +104,8 @@ def _of_kind(layers: npt.NDArray[np.float64], kind: SublayerKind) -> npt.NDArray
     return layers[:, 0 if kind == "attention" else 1 :: 2]
 
 
-def _places(found: Survey, rows: npt.NDArray[np.intp]) -> list[int]:
-    return [found.places[row] for row in rows]
+def _indices(found: Survey, rows: npt.NDArray[np.intp]) -> list[int]:
+    return [found.indices[row] for row in rows]
 
 
 def contributions(bench: Workbench) -> Exhibit:
@@ -121,7 +121,7 @@ def contributions(bench: Workbench) -> Exhibit:
     seen = "Attention layers add {attention:.2f} nats and FFN layers {ffn:.2f}, averaged over categories.".format(
         **{"attention": float("nan"), "ffn": float("nan"), **means}
     )
-    return Exhibit.of_frame("table_3", bench.model.name, frame, seen=seen, prompts=len(found.places))
+    return Exhibit.of_frame("table_3", bench.model.name, frame, seen=seen, prompts=len(found.indices))
 
 
 def top_layers(bench: Workbench) -> Exhibit:
@@ -141,4 +141,4 @@ def _top(bench: Workbench, part: Part) -> Exhibit:
     first = frame[frame["rank"] == 1].groupby(unit)["category"].apply(lambda names: ", ".join(names)).to_dict()
     seen = f"The first {unit} is " + "; ".join(f"{name} for {names}" for name, names in first.items()) + "."
     name = "table_4" if part == "layers" else "table_10"
-    return Exhibit.of_frame(name, bench.model.name, frame, seen=seen, prompts=len(found.places))
+    return Exhibit.of_frame(name, bench.model.name, frame, seen=seen, prompts=len(found.indices))

@@ -66,7 +66,7 @@ def sum_beyond_half(bench: Workbench, kind: SublayerKind) -> Effects:
         each = anatomy.ffn_neurons if kind == "ffn" else anatomy.heads * anatomy.head_dim
         share = found.value_neurons(kind) / (anatomy.layers * each)
         note = f"{top.mean():.2f} of {sums['all'].mean():.2f} nats, by at most {share:.1%} of the neurons"
-    return Effects(top - sums["all"] / 2, places=found.places, note=note)
+    return Effects(top - sums["all"] / 2, indices=found.indices, note=note)
 
 
 def sums_of_neurons(bench: Workbench) -> Exhibit:
@@ -74,7 +74,7 @@ def sums_of_neurons(bench: Workbench) -> Exhibit:
     rows, number = [], 0
     for kind in ("attention", "ffn"):
         found, sums = _sums(bench, kind)
-        number = len(found.places)
+        number = len(found.indices)
         for category in found.named:
             rows += [
                 {"category": category, "kind": kind, "which": name, "total": sums[name][found.of(category)].mean()}
@@ -94,7 +94,7 @@ def sums_of_neurons(bench: Workbench) -> Exhibit:
 def _members(found: Survey, side: Side) -> npt.NDArray[np.bool_]:
     """Return which FFN neurons are among a prompt's top ones, (n, layers, neurons)."""
     anatomy = found.bench.model.anatomy
-    members = np.zeros((len(found.places), anatomy.layers, anatomy.ffn_neurons), dtype=bool)
+    members = np.zeros((len(found.indices), anatomy.layers, anatomy.ffn_neurons), dtype=bool)
     value: list[Sequence[Component]] = [each.neurons for each in found.ffn]
     woken_by: list[Sequence[Component]] = [each.neurons for each in found.queries]
     for row, ranked in enumerate(value if side == "value" else woken_by):
@@ -124,7 +124,7 @@ def found_in_other_prompts(bench: Workbench, category: str, side: Side) -> Effec
             others = members[~half]
             expected = (others.sum(-1) * shared.mean(-1)).sum(-1)
             effects[~half] = ((others & shared).sum((-2, -1)) - expected) / number
-    return Effects(effects, places=[found.places[row] for row in rows], seed=bench.seed)
+    return Effects(effects, indices=[found.indices[row] for row in rows], seed=bench.seed)
 
 
 def shared_neurons(bench: Workbench) -> Exhibit:
@@ -159,7 +159,7 @@ def shared_neurons(bench: Workbench) -> Exhibit:
     seen = f"On average over categories {seen} are shared by more than half of the prompts; by chance " + (
         f"at most {frame['expected'].max():.1f} neurons would be." if len(frame) else "none would be."
     )
-    return Exhibit.of_frame("table_8", bench.model.name, frame, seen=seen, prompts=len(found.places))
+    return Exhibit.of_frame("table_8", bench.model.name, frame, seen=seen, prompts=len(found.indices))
 
 
 @measured_once
@@ -171,7 +171,7 @@ def _layers_by_method(bench: Workbench) -> tuple[Survey, dict[str, npt.NDArray[n
         rankings = found.ffn if name == METHOD else found.rank("ffn", _K, method=name)
         layers[name] = np.array(
             [[neuron.layer for neuron in ranking.neurons[:_K]] for ranking in rankings], dtype=np.intp
-        ).reshape(len(found.places), _K)
+        ).reshape(len(found.indices), _K)
     return found, layers
 
 
@@ -190,7 +190,7 @@ def how_much_deeper(bench: Workbench, one: str, other: str, *, k: int) -> Effect
     found, layers = _layers_by_method(bench)
     first, second = (depth(bench, layers[name][:, :k]).mean(1) for name in (one, other))
     note = f"{first.mean():.2f} against {second.mean():.2f}" if len(first) else ""
-    return Effects(first - second, places=found.places, note=note)
+    return Effects(first - second, indices=found.indices, note=note)
 
 
 def depth_of_methods(bench: Workbench) -> Exhibit:
@@ -204,8 +204,8 @@ def depth_of_methods(bench: Workbench) -> Exhibit:
             for layer, count in enumerate(counts.tolist())
         ]
     frame = pd.DataFrame(rows, columns=["method", "layer", "share"])
-    means = {name: depth(bench, layers[name]).mean() if len(found.places) else float("nan") for name in _DEPTHS}
+    means = {name: depth(bench, layers[name]).mean() if len(found.indices) else float("nan") for name in _DEPTHS}
     seen = "Mean depth, from 0 for the first layer to 1 for the last: " + ", ".join(
         f"{value:.2f} by {name}" for name, value in means.items()
     )
-    return Exhibit.of_frame("figure_2", bench.model.name, frame, seen=seen + ".", prompts=len(found.places))
+    return Exhibit.of_frame("figure_2", bench.model.name, frame, seen=seen + ".", prompts=len(found.indices))

@@ -38,16 +38,16 @@ class Survey:
 
     Attributes:
         bench: The model with its prompts.
-        places: Which of the bench's prompts, in order.
+        indices: Which of the bench's prompts, in order.
     """
 
     bench: Workbench
-    places: list[int]
+    indices: list[int]
 
     @cached_property
     def categories(self) -> npt.NDArray[np.str_]:
         """The category of each prompt, (n,)."""
-        return np.array([self.bench.prompts[place].category for place in self.places], dtype=str)
+        return np.array([self.bench.prompts[place].category for place in self.indices], dtype=str)
 
     def of(self, category: str) -> npt.NDArray[np.intp]:
         """Return the rows of a category."""
@@ -67,7 +67,7 @@ class Survey:
     def layers_for_other_answers(self) -> npt.NDArray[np.float64]:
         """The same for the answer of another fact of the category, which the prompt does not ask for."""
         swapped = {prompt.text: prompt.answer for prompt in self.bench.sample.swapped}
-        return self._scores("layer", [swapped[self.bench.prompts[place].text] for place in self.places])
+        return self._scores("layer", [swapped[self.bench.prompts[place].text] for place in self.indices])
 
     @cached_property
     def heads(self) -> npt.NDArray[np.float64]:
@@ -75,7 +75,7 @@ class Survey:
         return self._scores("head")
 
     def _scores(self, unit: Unit, answers: list[str] | None = None) -> npt.NDArray[np.float64]:
-        found = np.zeros((len(self.places), len(self.records(unit))))
+        found = np.zeros((len(self.indices), len(self.records(unit))))
         column = {record: number for number, record in enumerate(self.records(unit))}
         for row, ranking in enumerate(self.rank(unit, None, answers=answers)):
             found[row, [column[record] for record in ranking.neurons]] = ranking.scores.numpy()
@@ -111,10 +111,10 @@ class Survey:
     ) -> list[Ranking]:
         """Rank a unit on every prompt, for other answers if some are given; without first-order terms."""
         if k is not None and answers is None:
-            return self.bench.rankings(method, unit, k, places=self.places)
+            return self.bench.rankings(method, unit, k, indices=self.indices)
         model = self.bench.model
-        texts = [self.bench.prompts[place].text for place in self.places]
-        questions = [self.bench.sample.questions[place] for place in self.places]
+        texts = [self.bench.prompts[place].text for place in self.indices]
+        questions = [self.bench.sample.questions[place] for place in self.indices]
         if answers is not None:
             questions = [question_of(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
         bar = Progress(f"{model.name} {unit} {method}", self.bench.progress)
@@ -144,8 +144,8 @@ class Survey:
 
     @cached_property
     def queries(self) -> list[QueryRanking]:
-        """What wakes each prompt's value neurons, by layer and by FFN neuron."""
-        prompts = [self.bench.prompts[place] for place in self.places]
+        """What activates each prompt's value neurons, by layer and by FFN neuron."""
+        prompts = [self.bench.prompts[place] for place in self.indices]
         number = max(self.shared_of, query_budget(self.bench))
         value_neurons = [self.rank(unit, self.value_neurons(unit)) for unit in _VALUE_NUMBERS]
         rankings = list(zip(*value_neurons, strict=True))
@@ -155,11 +155,11 @@ class Survey:
 def survey_of(bench: Workbench, per_category: int) -> Survey:
     """Return a survey of at most so many prompts of each category, drawn by hash."""
     order = {place: number for number, place in enumerate(bench.sample.draw_order)}
-    places: list[int] = []
+    indices: list[int] = []
     for category in dict.fromkeys(prompt.category for prompt in bench.prompts):
         own = [place for place, prompt in enumerate(bench.prompts) if prompt.category == category]
-        places += sorted(sorted(own, key=lambda place: order[place])[:per_category])
-    return Survey(bench, places)
+        indices += sorted(sorted(own, key=lambda place: order[place])[:per_category])
+    return Survey(bench, indices)
 
 
 @measured_once

@@ -83,10 +83,10 @@ def _raised(candidates: Candidates, index: Tensor, words: Tensor, tokens: int) -
 def _others(candidates: Candidates, index: Tensor, question: Question, seed: int) -> Tensor:
     """Draw as many other candidates, each from the layer of one of these."""
     rng = np.random.default_rng(question.seed(seed))
-    slots, taken = candidates.slot.cpu().numpy(), set(index.tolist())
+    sublayer_indices, taken = candidates.sublayer_index.cpu().numpy(), set(index.tolist())
     drawn: list[int] = []
-    for slot in slots[index.cpu().numpy()].tolist():
-        first, last = np.searchsorted(slots, [slot, slot + 1])
+    for sublayer_index in sublayer_indices[index.cpu().numpy()].tolist():
+        first, last = np.searchsorted(sublayer_indices, [sublayer_index, sublayer_index + 1])
         free: list[int] = rng.permutation(np.arange(first, last))[: len(index) + len(drawn) + 1].tolist()
         place = next((each for each in free if each not in taken), free[0])
         taken.add(place)
@@ -98,7 +98,7 @@ def _others(candidates: Candidates, index: Tensor, question: Question, seed: int
 def _measured(bench: Workbench, kind: SublayerKind, tokens: int) -> tuple[Survey, list[_OfPrompt]]:
     """Return the top neurons of every prompt of the survey, and others, with what they raise."""
     found, words, method = survey(bench), _word_ids(bench), method_named(METHOD, kind)
-    questions = [bench.sample.questions[place] for place in found.places]
+    questions = [bench.sample.questions[place] for place in found.indices]
     of_prompt: dict[int, _OfPrompt] = {}
     for rows, batch in batches_of(bench.model, questions):
         part = [questions[row] for row in rows]
@@ -132,7 +132,7 @@ def words_raised(bench: Workbench, category: str, kind: SublayerKind, *, tokens:
         for name in ("top", "others")
     }
     note = f"{shares['top'].mean():.1%} against {shares['others'].mean():.1%}" if len(rows) else ""
-    return Effects(shares["top"] - shares["others"], places=[found.places[row] for row in rows], note=note)
+    return Effects(shares["top"] - shares["others"], indices=[found.indices[row] for row in rows], note=note)
 
 
 def interpretable_neurons(bench: Workbench) -> Exhibit:
@@ -173,7 +173,7 @@ def interpretable_neurons(bench: Workbench) -> Exhibit:
     seen = "Words of the category among the ten tokens that are raised most: " + ", ".join(
         f"{hits[role]:.1f} for {role} neurons" for role in ("value", "query", "random") if role in hits
     )
-    return Exhibit.of_frame("table_9", bench.model.name, frame, seen=seen + ".", prompts=len(found.places))
+    return Exhibit.of_frame("table_9", bench.model.name, frame, seen=seen + ".", prompts=len(found.indices))
 
 
 def _most_frequent(raised: Sequence[_Raised]) -> list[tuple[str, list[_Raised]]]:
@@ -193,9 +193,13 @@ def _query_neurons(found: Survey, category: str) -> list[tuple[FFNNeuron, list[i
     best = sorted(counts, key=lambda neuron: (-counts[neuron], neuron))[:_SHOWN]
     table = vector_table(found.bench.model, "ffn")
     assert table is not None, "FFN neurons have vectors of their own"
-    slots, rows = (
+    sublayer_indices, rows = (
         torch.tensor([getattr(each, name) for each in best], dtype=torch.long) for name in ("layer", "index")
     )
     device = found.bench.model.device
-    tokens = table.unscaled_logits(slots.to(device), rows.to(device)).topk(_TOKENS).indices if best else torch.empty(0)
+    tokens = (
+        table.unscaled_logits(sublayer_indices.to(device), rows.to(device)).topk(_TOKENS).indices
+        if best
+        else torch.empty(0)
+    )
     return list(zip(best, tokens.tolist(), strict=True))

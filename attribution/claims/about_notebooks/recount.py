@@ -39,7 +39,7 @@ from attribution.models.norms import frozen_scale, normalise
 from attribution.prompts.tokens import encode, pad
 from attribution.records import AttentionNeuron, Component, FFNNeuron, Head, HeadPosition, Layer, Neuron, Unit
 
-__all__ = ["Recount", "Vocabulary", "Woken"]
+__all__ = ["Recount", "Vocabulary", "QuerySide"]
 
 # How many times more are ranked than were printed, so that whatever may stand at the last place is among them.
 _BEYOND = 2
@@ -98,7 +98,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Woken:
+class QuerySide:
     """The query side of some value neurons of the notebook's prompt.
 
     Attributes:
@@ -133,7 +133,7 @@ class Recount:
         answer = text if text[:1].isspace() else f" {text}"
         self.question: Question = question_of(model, sentence, answer)
         self._rankings: dict[tuple[Unit, int], Ranking] = {}
-        self._woken: dict[tuple[tuple[Neuron, ...], SubkeyKind], Woken] = {}
+        self._query_sides: dict[tuple[tuple[Neuron, ...], SubkeyKind], QuerySide] = {}
         self._squares: dict[tuple[Neuron, ...], Tensor] = {}
         self._patterns: dict[str, Tensor] = {}
 
@@ -211,7 +211,7 @@ class Recount:
         The logits are (positions, vocabulary).
         """
         records = [HeadPosition(head.layer, head.head, position) for position in range(len(self.question.ids))]
-        candidates = self._head_positions.take(self._head_positions.places_of(records))
+        candidates = self._head_positions.take(self._head_positions.indices_of(records))
         scores = score_candidates(method_named("log_prob_increase", "head_position"), candidates)
         return Ranked(range(len(records)), scores, torch.full_like(scores, self.rounding.nats)), candidates.update
 
@@ -227,15 +227,15 @@ class Recount:
         errors = weights * self.rounding.relative * sizes.max()
         return Ranked(range(len(weights)), weights, errors)
 
-    def woken(self, neurons: Ranking | list[Neuron], subkey: SubkeyKind = "up") -> Woken:
+    def query_side(self, neurons: Ranking | list[Neuron], subkey: SubkeyKind = "up") -> QuerySide:
         """Return the query side of value neurons, as the published code has it."""
         records = cast("list[Neuron]", neurons.neurons if isinstance(neurons, Ranking) else neurons)
         key = tuple(records), subkey
-        if key not in self._woken:
-            self._woken[key] = self._wake(neurons, subkey)
-        return self._woken[key]
+        if key not in self._query_sides:
+            self._query_sides[key] = self._measured_query_side(neurons, subkey)
+        return self._query_sides[key]
 
-    def _wake(self, neurons: Ranking | list[Neuron], subkey: SubkeyKind) -> Woken:
+    def _measured_query_side(self, neurons: Ranking | list[Neuron], subkey: SubkeyKind) -> QuerySide:
         question, anatomy = self.question, self.model.anatomy
         ranking = query(
             self.model,
@@ -268,28 +268,28 @@ class Recount:
             .sqrt()
         )
         scores = torch.tensor(ranking.layers["query_score"].tolist(), dtype=torch.float64)
-        places = [number / 2 - 0.5 for number in range(2 * anatomy.layers + 1)]
-        return Woken(ranking, Ranked(places, scores, errors.cpu()), share, divided.amplification, importance)
+        indices = [number / 2 - 0.5 for number in range(2 * anatomy.layers + 1)]
+        return QuerySide(ranking, Ranked(indices, scores, errors.cpu()), share, divided.amplification, importance)
 
-    def query_neurons(self, woken: Woken, number: int, *, factor: float = 1.0) -> Ranked[FFNNeuron]:
+    def query_neurons(self, side: QuerySide, number: int, *, factor: float = 1.0) -> Ranked[FFNNeuron]:
         """Return query neurons with their scores.
 
         Args:
-            woken: The query side of attention value neurons.
+            side: The query side of attention value neurons.
             number: How many were printed.
             factor: What the scores are multiplied by.
         """
-        ranking = woken.ranking
+        ranking = side.ranking
         neurons = ranking.neurons[: _BEYOND * number]
-        squares = self._squared_errors(woken)
+        squares = self._squared_errors(side)
         layers = torch.tensor([each.layer for each in neurons], device=squares.device)
         indices = torch.tensor([each.index for each in neurons], device=squares.device)
         errors = squares[layers, indices].sqrt().cpu()
         return Ranked(neurons, ranking.scores[: len(neurons)] * factor, errors * abs(factor))
 
-    def _squared_errors(self, woken: Woken) -> Tensor:
+    def _squared_errors(self, side: QuerySide) -> Tensor:
         """Return the squared error of every query neuron's score, (layers, ffn_neurons)."""
-        readers = cast("list[AttentionNeuron]", woken.ranking.value_neurons)
+        readers = cast("list[AttentionNeuron]", side.ranking.value_neurons)
         key: tuple[Neuron, ...] = tuple(readers)
         if key in self._squares:
             return self._squares[key]
@@ -302,13 +302,13 @@ class Recount:
             share = query_neuron_scores(
                 anatomy,
                 self.seen.coefficients[:, 0],
-                self.seen.ffn_gain[:, 0],
+                self.seen.ffn_post_scale[:, 0],
                 folded=readings.folded[place][None],
                 weights=1 / denominators[place][None],
                 layers=[neuron.layer],
                 positions=[neuron.position],
             )
-            own = self.rounding.relative * woken.importance[place] * (1 + woken.amplification[place])
+            own = self.rounding.relative * side.importance[place] * (1 + side.amplification[place])
             squares[: len(share)] += share.square() * (own**2 + self.rounding.nats**2)
         self._squares[key] = squares
         return squares

@@ -128,10 +128,10 @@ class Comparison:
 
     def _query_layers_of_ffn_neurons(self, printed: Figures) -> Iterator[Difference]:
         values = self.recount.ranking("ffn", printed["value_neurons"])
-        woken = self.recount.woken(values, printed["subkey"])
+        side = self.recount.query_side(values, printed["subkey"])
         half = half_a_unit(printed["decimals"])
-        yield same("components", len(printed["scores"]), len(woken.components.items))
-        yield from self._scored("component", printed["scores"], woken.components, half=half)
+        yield same("components", len(printed["scores"]), len(side.components.items))
+        yield from self._scored("component", printed["scores"], side.components, half=half)
         yield difference("sum", printed["sum"], sum(score for _, score in printed["scores"]), half)
         # Shares add up to one, so that the sum is that of the value neurons' importance; each figure was rounded.
         tolerance = half * len(printed["scores"]) + self.recount.rounding.nats * math.sqrt(len(values))
@@ -139,32 +139,32 @@ class Comparison:
 
     def _query_layers_of_attention_neurons(self, printed: Figures) -> Iterator[Difference]:
         number = printed["value_neurons"]
-        woken = self.recount.woken(self.recount.ranking("attention", number))
-        yield from self._scored("component", printed["scores"], woken.components, half=half_a_unit(printed["decimals"]))
+        side = self.recount.query_side(self.recount.ranking("attention", number))
+        yield from self._scored("component", printed["scores"], side.components, half=half_a_unit(printed["decimals"]))
         low, high = _mean_layers(self.recount.ranked("attention", number), number)
         half = half_a_unit(printed["mean_layer_decimals"])
         outside = max(low - printed["mean_layer"], printed["mean_layer"] - high, 0.0)
         yield Difference("mean layer of the value neurons", outside / half)
 
     def _query_neurons(self, printed: Figures) -> Iterator[Difference]:
-        woken = self.recount.woken(self.recount.ranking("attention", printed["value_neurons"]))
-        ranked = self.recount.query_neurons(woken, len(printed["neurons"]))
+        side = self.recount.query_side(self.recount.ranking("attention", printed["value_neurons"]))
+        ranked = self.recount.query_neurons(side, len(printed["neurons"]))
         yield from self._neurons("query neuron", printed, cast("Ranked[Neuron]", ranked), ffn_neuron_of)
 
     def _counts_by_layer(self, printed: Figures) -> Iterator[Difference]:
         number, queried = printed["value_neurons"], printed["query_neurons"]
         values = {unit: self.recount.ranked(unit, number).members(number) for unit in _NEURONS}
-        woken = self.recount.woken(self.recount.ranking("attention", printed["value_neurons_of_query"]))
-        queries = self.recount.query_neurons(woken, queried).members(queried)
+        side = self.recount.query_side(self.recount.ranking("attention", printed["value_neurons_of_query"]))
+        queries = self.recount.query_neurons(side, queried).members(queried)
         surely_value, maybe_value = values["ffn"]
         surely_query, maybe_query = cast("tuple[set[Component], set[Component]]", queries)
-        counted = {
+        pluralize = {
             "ffn_value": values["ffn"],
             "attention_value": values["attention"],
             "query_only": (surely_query - maybe_value, maybe_query - surely_value),
             "query_and_value": (surely_query & surely_value, maybe_query & maybe_value),
         }
-        for name, (surely, maybe) in counted.items():
+        for name, (surely, maybe) in pluralize.items():
             low, high = (Counter(record.layer for record in records) for records in (surely, maybe))
             for layer in range(self.recount.model.anatomy.layers):
                 count = printed[name].get(str(layer), 0)
@@ -175,15 +175,15 @@ class Comparison:
             total = sum(printed[f"{unit}_value"].values())
             yield same(f"number of {unit} value neurons", total, min(number, self.recount.size(unit)))
         both = sum(printed["query_only"].values()) + sum(printed["query_and_value"].values())
-        yield same("number of query neurons", both, min(queried, len(woken.ranking)))
+        yield same("number of query neurons", both, min(queried, len(side.ranking)))
 
     def _query_neurons_of_one_neuron(self, printed: Figures) -> Iterator[Difference]:
         neuron, rank = attention_neuron_of(printed["attention_neuron"]), printed["multiplier_rank"]
-        woken = self.recount.woken([neuron])
+        side = self.recount.query_side([neuron])
         # The notebook multiplied by the score of another neuron, which its loop before had left behind.
         left_behind = float(self.recount.ranking("attention", rank).scores[-1])
-        factor = left_behind / float(woken.importance[0])
-        ranked = self.recount.query_neurons(woken, len(printed["neurons"]), factor=factor)
+        factor = left_behind / float(side.importance[0])
+        ranked = self.recount.query_neurons(side, len(printed["neurons"]), factor=factor)
         yield from self._neurons("query neuron", printed, cast("Ranked[Neuron]", ranked), ffn_neuron_of)
 
     def _neuron_through_head(self, printed: Figures) -> Iterator[Difference]:

@@ -47,8 +47,8 @@ _Hook: TypeAlias = Callable[[Tensor], Tensor]
 def _prompts(bench: Workbench) -> tuple[list[Prompt], list[Question]]:
     """Return the shortest and the longest prompt: one of them is padded in a batch."""
     by_length = sorted(range(len(bench.sample.questions)), key=lambda place: len(bench.sample.questions[place].ids))
-    places = by_length[:1] + by_length[1:][-1:]
-    return [bench.prompts[place] for place in places], [bench.sample.questions[place] for place in places]
+    indices = by_length[:1] + by_length[1:][-1:]
+    return [bench.prompts[place] for place in indices], [bench.sample.questions[place] for place in indices]
 
 
 def tolerance(model: Model) -> float:
@@ -134,13 +134,13 @@ def _everywhere(
     """
     own, others = _inputs(model, ids), _inputs(model, other)
     # Aligned at the last token; what comes before the donor's first takes what it has there.
-    places = (torch.arange(len(ids)) + len(other) - len(ids)).clamp(min=0)
+    indices = (torch.arange(len(ids)) + len(other) - len(ids)).clamp(min=0)
     hooks: dict[_Site, _Hook] = {}
     for site, columns in _columns(model, records).items():
         fillers = {
             "zero": torch.zeros((), device=model.device),
             "mean": torch.cat([own[site], others[site]])[:, columns].double().mean(0),
-            "resample": others[site][places][:, columns],
+            "resample": others[site][indices][:, columns],
         }
         hooks[site] = partial(_put, columns=columns, values=fillers[kind])
     with torch.no_grad():

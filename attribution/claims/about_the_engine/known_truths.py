@@ -50,7 +50,7 @@ class _Case:
         test: As there.
         min_prompts: As there.
         comparisons: As there.
-        extremes: As there.
+        effect_bounds: As there.
         facts: What each prompt asks about.
         baselines: What the effects are relative to.
         prompts: What tells the prompts apart.
@@ -63,7 +63,7 @@ class _Case:
     test: Literal["above", "within"] = "above"
     min_prompts: int = 0
     comparisons: int = 1
-    extremes: Extremes = "seen"
+    effect_bounds: Extremes = "seen"
     facts: Sequence[str] = _ALONE
     baselines: Sequence[float] | None = None
     prompts: Sequence[str] | None = None
@@ -80,7 +80,7 @@ class _Case:
             control="none",
             min_prompts=self.min_prompts,
             comparisons=self.comparisons,
-            extremes=self.extremes,
+            effect_bounds=self.effect_bounds,
         )
         try:
             verdict = judge(
@@ -136,12 +136,16 @@ def _cases() -> list[_Case]:
             baselines=unequal.tolist(),
         ),
         # A hundred draws miss 3.6% of the facts altogether in one of forty cases, and 3% in one of twenty.
-        _Case("few of the facts that were not drawn may fail", _SUPPORTED, [1.0] * _NUMBER, 0.96, extremes="share"),
-        _Case("some of the facts that were not drawn may fail", _UNDECIDED, [1.0] * _NUMBER, 0.97, extremes="share"),
-        _Case("few may lose all", _SUPPORTED, [0.0] * _NUMBER, 0.031, "within", extremes="fall", baselines=_ONES),
-        _Case("some may lose all", _UNDECIDED, [0.0] * _NUMBER, 0.028, "within", extremes="fall", baselines=_ONES),
-        _Case("few may gain nothing", _SUPPORTED, [1.0] * _NUMBER, 0.92, extremes="correlation"),
-        _Case("some may be the other way round", _UNDECIDED, [1.0] * _NUMBER, 0.935, extremes="correlation"),
+        _Case(
+            "few of the facts that were not drawn may fail", _SUPPORTED, [1.0] * _NUMBER, 0.96, effect_bounds="share"
+        ),
+        _Case(
+            "some of the facts that were not drawn may fail", _UNDECIDED, [1.0] * _NUMBER, 0.97, effect_bounds="share"
+        ),
+        _Case("few may lose all", _SUPPORTED, [0.0] * _NUMBER, 0.031, "within", effect_bounds="fall", baselines=_ONES),
+        _Case("some may lose all", _UNDECIDED, [0.0] * _NUMBER, 0.028, "within", effect_bounds="fall", baselines=_ONES),
+        _Case("few may gain nothing", _SUPPORTED, [1.0] * _NUMBER, 0.92, effect_bounds="correlation"),
+        _Case("some may be the other way round", _UNDECIDED, [1.0] * _NUMBER, 0.935, effect_bounds="correlation"),
         _Case("an effect is no number", None, [*_normal(5)[1:], math.nan]),
         _Case("an effect is infinite", None, [*_normal(5)[1:], math.inf]),
         _Case("a prompt counts twice", None, _normal(5), prompts=["the same"] * _NUMBER),

@@ -96,22 +96,26 @@ class _Traced:
         one = stream.new_ones(())
         if isinstance(record, Layer):
             return stream, one, (seen.ffn_output if of_ffn else seen.attention_output)[layer, row, self.last].double()
-        gain = (seen.ffn_gain if of_ffn else seen.attention_gain)[layer, row, self.last].double()
-        fold = anatomy.sublayer(layer, "ffn" if of_ffn else "attention").post_weight
-        factor = one if fold is None else fold.double()
+        post_scale = (seen.ffn_post_scale if of_ffn else seen.attention_post_scale)[layer, row, self.last].double()
+        post_weight = anatomy.sublayer(layer, "ffn" if of_ffn else "attention").post_weight
+        factor = one if post_weight is None else post_weight.double()
         if isinstance(record, FFNNeuron):
             coefficient = seen.coefficients[layer, row, self.last, record.index].double()
-            return stream, coefficient * gain, anatomy.sublayer(layer, "ffn").vectors[record.index].double() * factor
+            return (
+                stream,
+                coefficient * post_scale,
+                anatomy.sublayer(layer, "ffn").vectors[record.index].double() * factor,
+            )
         weights = seen.pattern[layer, row, record.head, self.last].double()
         values = seen.values[layer, row, :, record.head].double()
         first = record.head * anatomy.head_dim
         vectors = anatomy.sublayer(layer, "attention").vectors[first : first + anatomy.head_dim].double() * factor
         if isinstance(record, AttentionNeuron):
             taken = weights[record.position] * values[record.position, record.dim]
-            return stream, taken * gain, vectors[record.dim]
+            return stream, taken * post_scale, vectors[record.dim]
         positions = [record.position] if isinstance(record, HeadPosition) else range(self.last + 1)
         mixed = torch.stack([weights[position] * values[position] for position in positions]).sum(0)
-        return stream, one, gain * (mixed @ vectors)
+        return stream, one, post_scale * (mixed @ vectors)
 
     def logits(self, vectors: Tensor) -> Tensor:
         """Return bs: vectors through the final norm, its scale that of the final state, and the unembedding."""
@@ -130,7 +134,7 @@ def _scale(state: Tensor, norm: Norm | None) -> Tensor:
     return state.new_ones(()) if norm is None else (_centred(state, norm).square().mean() + norm.eps).sqrt()
 
 
-def _places(bench: Workbench) -> list[int]:
+def _indices(bench: Workbench) -> list[int]:
     """Return the prompts that are counted again: from the longest to the shortest, as no batch has them."""
     falling = sorted(range(len(bench.sample.questions)), key=lambda place: -len(bench.sample.questions[place].ids))
     return [falling[round(place)] for place in np.linspace(0, len(falling) - 1, min(_PROMPTS, len(falling)))]
@@ -139,7 +143,7 @@ def _places(bench: Workbench) -> list[int]:
 @measured_once
 def _traced(bench: Workbench) -> list[_Traced]:
     """Return the prompts that are counted again, traced."""
-    questions = [bench.sample.questions[place] for place in _places(bench)]
+    questions = [bench.sample.questions[place] for place in _indices(bench)]
     wanted: dict[Unit, Sequence[Method]] = {unit: [method_named(METHOD, unit)] for unit in SCORED_UNITS}
     unembedding = bench.model.anatomy.readout.unembedding.double()
     traced: dict[int, _Traced] = {}
@@ -206,7 +210,7 @@ def _outside(scores: Tensor, limits: tuple[Tensor, Tensor]) -> int:
 
 
 def _exact(bench: Workbench, wrong: float) -> Exact:
-    prompts = len(_places(bench))
+    prompts = len(_indices(bench))
     return Exact(float(wrong), prompts=prompts, facts=prompts)
 
 
@@ -236,7 +240,7 @@ def neurons_out_of_place(bench: Workbench, unit: Unit, *, k: int) -> Exact:
     The short ranking is found by another search than the long one, of which it must be the beginning. Of equal
     scores, the earlier record comes first.
     """
-    prompts, every_traced = [bench.prompts[place] for place in _places(bench)], _traced(bench)
+    prompts, every_traced = [bench.prompts[place] for place in _indices(bench)], _traced(bench)
     sampled = [_sample(traced, unit) for traced in every_traced]
     wrong = 0
     for name in (METHOD, *BASELINES) if prompts else ():
@@ -338,25 +342,29 @@ def _misread(traced: _Traced, found: QueryRanking, given: Ranking) -> int:
         expected, margin = scores.new_zeros(components + 1), scores.new_zeros(components + 1)
         for number in members:
             shares = readings[number].shares
-            places = [*range(len(shares) - 1), components]
-            expected[places] += scores[number] * shares
-            margin[places] += off[number] * (1 + shares.abs())
+            indices = [*range(len(shares) - 1), components]
+            expected[indices] += scores[number] * shares
+            margin[indices] += off[number] * (1 + shares.abs())
         frame = found.layers[found.layers["value_unit"] == unit]
         reported = scores.new_tensor(frame["query_score"].to_numpy(dtype=np.float64))
         wrong += len(reported) != (components + 1 if members else 0)
         wrong += _outside(reported, (expected - margin, expected + margin)) if len(reported) == components + 1 else 0
-    places = torch.linspace(0, len(found) - 1, min(_SAMPLED, len(found))).long().tolist()
-    for place in places:
+    indices = torch.linspace(0, len(found) - 1, min(_SAMPLED, len(found))).long().tolist()
+    for place in indices:
         query_neuron, expected, margin = found.neurons[place], scores.new_zeros(()), scores.new_zeros(())
         layer, index = query_neuron.layer, query_neuron.index
-        fold = anatomy.sublayer(layer, "ffn").post_weight
-        vector = anatomy.sublayer(layer, "ffn").vectors[index].double() * (1 if fold is None else fold.double())
+        post_weight = anatomy.sublayer(layer, "ffn").post_weight
+        vector = anatomy.sublayer(layer, "ffn").vectors[index].double() * (
+            1 if post_weight is None else post_weight.double()
+        )
         for number in units["attention"]:
             reading = readings[number]
             if found.value_neurons[number].layer > layer:
-                gain = seen.ffn_gain[layer, row, reading.position].double()
+                post_scale = seen.ffn_post_scale[layer, row, reading.position].double()
                 share = (
-                    seen.coefficients[layer, row, reading.position, index].double() * gain * (vector @ reading.weight)
+                    seen.coefficients[layer, row, reading.position, index].double()
+                    * post_scale
+                    * (vector @ reading.weight)
                 )
                 expected, margin = expected + scores[number] * share, margin + off[number] * share.abs()
         wrong += _outside(found.scores[place], (expected - margin, expected + margin))
@@ -365,7 +373,7 @@ def _misread(traced: _Traced, found: QueryRanking, given: Ranking) -> int:
 
 def query_scores_off(bench: Workbench) -> Exact:
     """Count the query scores of layers and of FFN neurons, for the best FFN and attention neurons, that are off."""
-    prompts = [bench.prompts[place] for place in _places(bench)]
+    prompts = [bench.prompts[place] for place in _indices(bench)]
     wrong = 0
     if prompts:
         best = attribute(bench.model, prompts, unit="neuron", k=_VALUE_NEURONS)
@@ -376,7 +384,7 @@ def query_scores_off(bench: Workbench) -> Exact:
 
 def _drawn_otherwise(bench: Workbench) -> int:
     """Return how often random neurons are not drawn uniformly, anew for each prompt and seed, and the same again."""
-    prompts = [bench.prompts[place] for place in _places(bench)]
+    prompts = [bench.prompts[place] for place in _indices(bench)]
     wrong = 0
     for unit in SEARCHED_UNITS:
         first, second, again = (
@@ -403,11 +411,11 @@ def _matched_otherwise(traced: _Traced, unit: Unit) -> int:
     chosen = top_k(candidates, METHODS[METHOD], min(_DRAWN, len(candidates))).indices
     drawn = matched(candidates, chosen)
 
-    def vectors(places: Tensor) -> list[tuple[int, int]]:
-        return list(zip(candidates.slot[places].tolist(), candidates.row[places].tolist(), strict=True))
+    def vectors(indices: Tensor) -> list[tuple[int, int]]:
+        return list(zip(candidates.sublayer_index[indices].tolist(), candidates.row[indices].tolist(), strict=True))
 
     shared = len(set(vectors(drawn)) & set(vectors(chosen)))
-    layers = Counter(candidates.slot[drawn].tolist()) - Counter(candidates.slot[chosen].tolist())
+    layers = Counter(candidates.sublayer_index[drawn].tolist()) - Counter(candidates.sublayer_index[chosen].tolist())
     return shared + len(drawn) - len(drawn.unique()) + layers.total() + (len(drawn) == 0)
 
 
@@ -425,7 +433,7 @@ def _mixed_up(bench: Workbench) -> int:
 def draws_not_as_stated(bench: Workbench) -> Exact:
     """Count mistakes in random neurons, matched neurons, and what the bench remembers of experiments with them."""
     wrong = 0
-    if _places(bench):
+    if _indices(bench):
         wrong = _drawn_otherwise(bench) + _mixed_up(bench)
         wrong += sum(_matched_otherwise(traced, unit) for traced in _traced(bench) for unit in SEARCHED_UNITS)
     return _exact(bench, wrong)

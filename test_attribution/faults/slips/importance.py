@@ -76,11 +76,11 @@ def _(original, unit, prompt):
     return original(prompt=_seen(prompt, pattern=pattern * (torch.arange(pattern.shape[-1]) == prompt.length - 1)))
 
 
-@FAULTS.patch("source positions are counted before dimensions", "VectorTable.places", claims=SCORES + PLANTED)
+@FAULTS.patch("source positions are counted before dimensions", "VectorTable.indices", claims=SCORES + PLANTED)
 def _(original):
-    index, slot, row, position = original()
-    order = torch.argsort(slot * len(position) + position, stable=True)
-    return index, slot, row[order], position[order]
+    index, sublayer_index, row, position = original()
+    order = torch.argsort(sublayer_index * len(position) + position, stable=True)
+    return index, sublayer_index, row[order], position[order]
 
 
 @FAULTS.patch("records number dimensions from the end", "Candidates.records", claims=SCORES + PLANTED)

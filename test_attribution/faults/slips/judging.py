@@ -23,7 +23,7 @@ def _(original, numerators, denominators, confidence):
 
 @FAULTS.patch("a fact that was not drawn is like those that were", "with_one_more", claims=JUDGE)
 def _(original):
-    return original(extremes="seen")
+    return original(effect_bounds="seen")
 
 
 @FAULTS.patch("the best and the worst fact are swapped", "_extreme_facts", claims=JUDGE)

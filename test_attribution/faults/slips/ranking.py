@@ -54,7 +54,9 @@ def _(original, candidates):
 
 @FAULTS.patch("a baseline ranks by the vector's sum, not its norm", "VectorTable.norms", claims=SCORES)
 def _(original, self):
-    return torch.cat([self.written(slot, torch.arange(size)).sum(-1) for slot, size in enumerate(self.sizes)])
+    return torch.cat(
+        [self.written(sublayer_index, torch.arange(size)).sum(-1) for sublayer_index, size in enumerate(self.sizes)]
+    )
 
 
 @FAULTS.patch("a baseline is the method", 'METHODS["prob_increase"].score', claims=SCORES)

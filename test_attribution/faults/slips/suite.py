@@ -62,8 +62,8 @@ def _(original):
 
 
 @FAULTS.patch("rankings are kept for other prompts", "Workbench.ranked", claims=VALUE)
-def _(original, places):
-    return original(places=places[::-1])
+def _(original, indices):
+    return original(indices=indices[::-1])
 
 
 @FAULTS.patch("of a longer ranking the last are taken for the first", "Ranking.first", claims=VALUE + BASELINES)
@@ -81,7 +81,7 @@ def _(original, claim, effects):
     return original(effects=-effects if claim.family == "deletion" else effects)
 
 
-@FAULTS.patch("an unrelated fact is the fact itself", "strangers", claims=SPECIFIC)
+@FAULTS.patch("an unrelated fact is the fact itself", "unrelated", claims=SPECIFIC)
 def _(original):
     return {place: place for place in original()}
 

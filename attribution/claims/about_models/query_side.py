@@ -1,4 +1,4 @@
-"""The query side: which layers wake value neurons, and where query neurons lie (Tables 6 and 14, Figure 8)."""
+"""The query side: which layers activate value neurons, and where query neurons lie (Tables 6 and 14, Figure 8)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TABLES = {"ffn": "table_6", "attention": "table_14"}
 
 
 def _shares(found: Survey, kind: SublayerKind) -> npt.NDArray[np.float64]:
-    """Return each layer's part in waking a prompt's value neurons of a kind, (n, 2 * layers); all parts add to 1.
+    """Return each layer's part in activating a prompt's value neurons of a kind, (n, 2 * layers); all parts add to 1.
 
     The embedding and the biases have parts as well, which are not among the columns.
     """
     layers = found.bench.model.anatomy.layers
-    shares = np.zeros((len(found.places), 2 * layers))
+    shares = np.zeros((len(found.indices), 2 * layers))
     for row, ranking in enumerate(found.queries):
         own = ranking.layers[ranking.layers["value_unit"] == kind]
         total = own["query_score"].sum()
@@ -51,17 +51,17 @@ def how_much_deeper_ffn_neurons_read(bench: Workbench) -> Effects:
     for kind in ("attention", "ffn"):
         best = np.argsort(-_shares(found, kind), axis=1, kind="stable")[:, : found.top_layers] // 2
         depths[kind] = depth(bench, best).mean(1)
-    note = f"{depths['attention'].mean():.2f} against {depths['ffn'].mean():.2f}" if len(found.places) else ""
-    return Effects(depths["ffn"] - depths["attention"], places=found.places, note=note)
+    note = f"{depths['attention'].mean():.2f} against {depths['ffn'].mean():.2f}" if len(found.indices) else ""
+    return Effects(depths["ffn"] - depths["attention"], indices=found.indices, note=note)
 
 
 def query_layers_of_ffn_neurons(bench: Workbench) -> Exhibit:
-    """Return Table 6: the ten layers with the largest mean part in waking FFN value neurons, by category."""
+    """Return Table 6: the ten layers with the largest mean part in activating FFN value neurons, by category."""
     return _query_layers(bench, "ffn")
 
 
 def query_layers_of_attention_neurons(bench: Workbench) -> Exhibit:
-    """Return Table 14: the ten layers with the largest mean part in waking attention value neurons, by category."""
+    """Return Table 14: the ten layers with the largest mean part in activating attention value neurons, by category."""
     return _query_layers(bench, "attention")
 
 
@@ -71,13 +71,13 @@ def _query_layers(bench: Workbench, kind: SublayerKind) -> Exhibit:
     top = frame[frame["rank"] <= 3]["layer"].value_counts()
     often = ", ".join(f"{name} ({count})" for name, count in top.head(4).items())
     seen = f"Most often among the first three of the {len(found.named)} categories: {often}."
-    return Exhibit.of_frame(_TABLES[kind], bench.model.name, frame, seen=seen, prompts=len(found.places))
+    return Exhibit.of_frame(_TABLES[kind], bench.model.name, frame, seen=seen, prompts=len(found.indices))
 
 
 def _split(found: Survey) -> tuple[npt.NDArray[np.int_], npt.NDArray[np.int_]]:
     """Return how many query neurons lie in each layer, (n, layers): those that are no value neurons, and the others."""
     number, layers = query_budget(found.bench), found.bench.model.anatomy.layers
-    only, both = (np.zeros((len(found.places), layers), dtype=int) for _ in range(2))
+    only, both = (np.zeros((len(found.indices), layers), dtype=int) for _ in range(2))
     for row, (value, woken_by) in enumerate(zip(found.ffn, found.queries, strict=True)):
         values = set(value.neurons[:number])
         for neuron in woken_by.neurons[:number]:
@@ -97,7 +97,7 @@ def how_much_deeper_value_neurons_are(bench: Workbench) -> Effects:
     scale = depth(bench, np.arange(bench.model.anatomy.layers))
     depths = [counts[rows] @ scale / counts[rows].sum(1) for counts in (only, both)]
     note = f"{depths[0].mean():.2f} against {depths[1].mean():.2f}" if len(rows) else ""
-    return Effects(depths[1] - depths[0], places=[found.places[row] for row in rows], note=note)
+    return Effects(depths[1] - depths[0], indices=[found.indices[row] for row in rows], note=note)
 
 
 def query_and_value_neurons(bench: Workbench) -> Exhibit:
@@ -115,4 +115,4 @@ def query_and_value_neurons(bench: Workbench) -> Exhibit:
         f"Of a prompt's top {query_budget(bench)} query neurons {frame['query_value'].sum():.1f} are among its top "
         "value neurons too."
     )
-    return Exhibit.of_frame("figure_8", bench.model.name, frame, seen=seen, prompts=len(found.places))
+    return Exhibit.of_frame("figure_8", bench.model.name, frame, seen=seen, prompts=len(found.indices))
