@@ -306,30 +306,31 @@ def ablate(
     Raises:
         BadInputError: If an argument cannot be used.
     """
+    # 1. What is asked: which components to replace, prompt by prompt.
     single = isinstance(prompt, str | Prompt)
     encoded = encode_all(model, prompt)
-    variants: Sequence[Any] = [neurons] if single else neurons
-    for variant in variants:
-        if not isinstance(variant, list | tuple | set | frozenset):
-            raise BadInputError(f"{variant!r} is not a collection of neurons; pass a list of records for each prompt.")
-    if len(variants) != len(encoded):
-        raise BadInputError(
-            f"{pluralize(len(encoded), 'prompt')} came with {pluralize(len(variants), 'collection')} of neurons; "
-            "give one each."
-        )
+    chosen = _collections([neurons] if single else neurons, len(encoded))
+    # 2. What to replace them by: nothing, means over the reference prompts, or donors among them.
     others = None if reference is None else encode_all(model, reference)
     values = reference_of(model, kind, others, ablated=encoded, seed=seed)
-    rows = map_batches(
-        model,
-        [(ids, list(variant)) for ids, variant in zip(encoded, variants, strict=True)],
-        _logits,
-        values,
-        at_source,
-        lengths=[len(ids) for ids in encoded],
-    )
-    # Where the weights are, they may have another dtype than a model without weights has here.
+    # 3. Where the weights are, batch by batch: masks and a rerun from the first block that is edited.
+    asked = list(zip(encoded, chosen, strict=True))
+    rows = map_batches(model, asked, _logits, values, at_source, lengths=[len(ids) for ids in encoded])
+    # 4. One tensor. Where the weights are, they may have another dtype than a model without weights has here.
     logits = torch.stack(rows).to(model.anatomy.readout.unembedding.dtype)
     return logits[0] if single else logits
+
+
+def _collections(given: Sequence[Any], prompts: int) -> list[list[Component]]:
+    """Return the records to replace in each prompt."""
+    for each in given:
+        if not isinstance(each, list | tuple | set | frozenset):
+            raise BadInputError(f"{each!r} is not a collection of neurons; pass a list of records for each prompt.")
+    if len(given) != prompts:
+        raise BadInputError(
+            f"{pluralize(prompts, 'prompt')} came with {pluralize(len(given), 'collection')} of neurons; give one each."
+        )
+    return [list(each) for each in given]
 
 
 def _logits(

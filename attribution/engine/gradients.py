@@ -331,37 +331,34 @@ def _integrated(model: Model, batch: TokenBatch, answers: Tensor, unit: Sublayer
         for part in _chunks(torch.arange(prompts * steps, device=model.device), batch):
             # Row i of all passes is point i % steps of prompt i // steps.
             rows, points = part // steps, (part % steps + 0.5) / steps
-            effect = _integrand(model, batch, answers, unit, layer, rows, points, outputs)
+            below = partial(skip_blocks, anatomy=anatomy, outputs=outputs[:layer], rows=rows)
+            effect = _integrand(model, batch.repeat_rows(rows), answers[rows], (layer, unit), points, below)
             sums[layer].index_add_(0, rows, effect)
     return sums / steps
 
 
 def _integrand(
     model: Model,
-    prompts: TokenBatch,
+    batch: TokenBatch,
     answers: Tensor,
-    unit: SublayerKind,
-    layer: int,
-    rows: Tensor,
+    sublayer: tuple[int, SublayerKind],
     points: Tensor,
-    outputs: Sequence[Any],
+    skip_below: Callable[..., None],
 ) -> Tensor:
     """Return one sublayer's coefficients times the slopes where they are scaled by each row's point of the path.
 
     Args:
         model: A loaded model.
-        prompts: The prompts.
-        answers: The answer of each.
-        unit: The unit that is scaled.
-        layer: Its layer.
-        rows: The prompt of each point, (points,).
-        points: What the unit is multiplied by, (points,).
-        outputs: What each block returns for the prompts.
+        batch: The prompt of each point.
+        answers: Its answer, (points,).
+        sublayer: Layer and kind of the sublayer that is scaled.
+        points: What its coefficients are multiplied by, (points,).
+        skip_below: Stands in for the blocks below it, in the network that is traced.
     """
-    batch, answers = prompts.repeat_rows(rows), answers[rows]
+    layer, unit = sublayer
 
     def visit(network: Any, saved: dict[str, Any]) -> None:
-        skip_blocks(network, model.anatomy, outputs[:layer], rows, batch.ids.shape[1])
+        skip_below(network, width=batch.ids.shape[1])
         block = model.anatomy.blocks(network)[layer]
         site = _visit_site(block, layer, unit, model.anatomy, batch, points)
         log_prob = _log_prob(last_logits(network, model.anatomy, batch), answers)

@@ -125,11 +125,13 @@ def compare(
         allow: Of :data:`ALLOWABLE`, what may differ. Weights are not compared across dtypes: they cannot be equal.
     """
     problems = _Problems()
+    # 1. The same models.
     comparable = {
         name
         for name in before.models.keys() & after.models.keys()
         if _models_agree(name, before.models[name], after.models[name], allow, problems)
     }
+    # 2. The same claims, none missing and none new.
     old, new = ({key_of(verdict): verdict for verdict in each.verdicts} for each in (before, after))
     for key in sorted(old.keys() - new.keys()):
         problems.add(
@@ -143,11 +145,13 @@ def compare(
             "out of the run",
             key,
         )
+    # 3. Measured in the same way on the same prompts.
     pairs = [
         (old[key], new[key])
         for key in sorted(old.keys() & new.keys())
         if key[0] in comparable and _claims_agree(old[key], new[key], problems)
     ]
+    # 4. How much worse each is, with an interval.
     return Comparison(problems.sentences(), tuple(_changes(pairs, tolerance)))
 
 

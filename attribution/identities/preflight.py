@@ -255,19 +255,24 @@ def _measure(model: Model, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str,
     """Yield each check's value as it is asked for: nothing is measured behind a broken identity."""
     anatomy = model.anatomy
     batch = pad(rows, device=model.device)
+    # 1. Tracing changes nothing, and what it reads are numbers.
     clean = read_activations(model, batch, positions="all")
     yield "null_intervention", _null_intervention(model, batch, clean)
     yield "finite", _not_finite(clean, rows)
+    # 2. What is read adds up: to the residual stream, to the logits, to log p.
     yield from decomposition_errors(clean, anatomy, batch.mask).items()
     yield "logits", _logit_error(clean, rerun(model, batch), anatomy, batch)
     yield "layer_importances", _telescoping_error(clean, anatomy, batch)
+    # 3. The weights give what is read.
     yield "ffn_subkeys", _ffn_subkey_error(clean, anatomy, batch)
     yield "value_subkeys", _value_subkey_error(clean, anatomy, batch)
+    # 4. Padding and company make no more difference than rounding does: how much that is, shaking the model tells.
     with _shaken(model):
         repeated = torch.arange(len(rows), device=model.device).repeat(_DRAWS)
         shaken = read_activations(model, batch.repeat_rows(repeated), positions="all")
     yield "batched", _batching_error(model, rows, clean, shaken)
     moved = logits_of(shaken).unflatten(0, (_DRAWS, len(rows))) - logits_of(clean)
+    # 5. Edits do what they say, in every layer, and nothing else.
     trial = Trial.of(model, rows[-2:], moved[:, -2:])
     yield from zeroing_errors(trial)
     for name in EDITS:

@@ -45,7 +45,7 @@ def _(original, layers):
     return original(layers=[layer + 1 for layer in layers])[: max(layers, default=0)]
 
 
-@FAULTS.patch("query neurons are not weighted by importance", "_explain", claims=QUERY)
+@FAULTS.patch("query neurons are not weighted by importance", "_query_side", claims=QUERY)
 def _(original, value_neurons):
     neurons, importance = value_neurons
     return replace(original(value_neurons=(neurons, torch.ones_like(importance))), totals=original().totals)
