@@ -126,11 +126,11 @@ def main(name: str, folder: str, tokens: str, answer: str) -> None:
     start = time.process_time()
     scores = thing()
     first = time.process_time() - start
-    pluralize = {"forward": passes.forward, "backward": passes.backward}
+    counted = {"forward": passes.forward, "backward": passes.backward}
     pairs = [(seconds_of(plain), seconds_of(thing)) for _ in range(ROUNDS if first < PATIENCE / ROUNDS else 1)]
     before, after = zip(*pairs, strict=True)
     found = {"seconds": statistics.median(after), "plain": statistics.median(before), "rounds": len(pairs)}
-    print(json.dumps(found | pluralize | {"scored": scores.numel(), "versions": versions}))
+    print(json.dumps(found | counted | {"scored": scores.numel(), "versions": versions}))
 
 
 if __name__ == "__main__":

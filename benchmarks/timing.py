@@ -151,10 +151,8 @@ class Asked:
         scored = {unit: [each.exact.scored for each in self.attribute(unit, K)] for unit in ("ffn", "neuron")}
         things = {name: thing for name, thing in self.things().items() if every or name != "every"}
         for found in beside(self.plain, things, self.model.device):
-            pluralize = scored.get(found["what"])
-            yield (
-                self.point(shape, axis) | found | ({} if pluralize is None else {"scored": statistics.mean(pluralize)})
-            )
+            counted = scored.get(found["what"])
+            yield (self.point(shape, axis) | found | ({} if counted is None else {"scored": statistics.mean(counted)}))
 
 
 def shape_of(model: at.Model) -> Shape:

@@ -96,14 +96,14 @@ def _rows_through_blocks(asked: timing.Asked, thing: timing.Thing) -> tuple[int,
     handle = blocks[0].register_forward_pre_hook(seen)
     shape = timing.shape_of(asked.model)
     try:
-        with Counted(shape) as pluralize:
+        with Counted(shape) as counted:
             thing()
     finally:
         handle.remove()
-    return rows, pluralize
+    return rows, counted
 
 
-def _agree(work: Work, rows: int, pluralize: Counted, shape: Shape, *, prompts: int = 0) -> None:
+def _agree(work: Work, rows: int, counted: Counted, shape: Shape, *, prompts: int = 0) -> None:
     """Compare what is predicted with what was counted.
 
     Args:
@@ -114,17 +114,17 @@ def _agree(work: Work, rows: int, pluralize: Counted, shape: Shape, *, prompts: 
         prompts: If the work is of an experiment, how many: blocks below the first edited one are then run once for
             each prompt instead of for each rerun.
     """
-    assert pluralize.products == pytest.approx(work.products)
-    assert pluralize.operations[torch.float64] == pytest.approx(work.doubles)
+    assert counted.products == pytest.approx(work.products)
+    assert counted.operations[torch.float64] == pytest.approx(work.doubles)
     # Llama's rotary angles are a product too.
     slack = 1e-3 if shape.gated else 1e-9
     if prompts:
         # A trace and a plain run at least.
         assert 2 * prompts <= rows <= work.forward
-        assert work.flops / 2 < pluralize.operations.total() <= work.flops * (1 + slack)
+        assert work.flops / 2 < counted.operations.total() <= work.flops * (1 + slack)
     else:
         assert rows == work.forward
-        assert pluralize.operations.total() == pytest.approx(work.flops, rel=slack)
+        assert counted.operations.total() == pytest.approx(work.flops, rel=slack)
 
 
 def test_figures_of_the_engine_are_its_own() -> None:
@@ -144,7 +144,7 @@ def test_passes_and_products_are_as_the_model_of_costs_says(
     thing = {"plain": asked.plain, **asked.things()}[what]
     thing()  # what is computed once per model is not counted
     scored.clear()
-    rows, pluralize = _rows_through_blocks(asked, thing)
+    rows, counted = _rows_through_blocks(asked, thing)
     found = scored["neuron" if what == "neuron" else "ffn"] / prompts
     works = {
         "plain": cost.plain_forward(shape, TOKENS, prompts),
@@ -153,7 +153,7 @@ def test_passes_and_products_are_as_the_model_of_costs_says(
         "every": cost.every_neuron(shape, TOKENS, prompts=prompts),
         "rerun": cost.rerun(shape, TOKENS, timing.VARIANTS * prompts),
     }
-    _agree(works[what], rows, pluralize, shape)
+    _agree(works[what], rows, counted, shape)
 
 
 @pytest.mark.parametrize("table", ["table 2", "table 13"])
@@ -165,17 +165,17 @@ def test_passes_and_products_of_the_papers_tables_are_as_the_model_of_costs_says
     thing = {"table 2": asked.table_2, "table 13": asked.table_13}[table]
     thing()
     scored.clear()
-    rows, pluralize = _rows_through_blocks(asked, thing)
+    rows, counted = _rows_through_blocks(asked, thing)
     found = {name: number / prompts for name, number in scored.items()}
     build = {"table 2": cost.table_2, "table 13": cost.table_13}[table]
-    _agree(build(shape, TOKENS, scored=found, prompts=prompts), rows, pluralize, shape, prompts=prompts)
+    _agree(build(shape, TOKENS, scored=found, prompts=prompts), rows, counted, shape, prompts=prompts)
 
 
 def test_first_question_projects_every_vector_once_where_logits_are_kept(asked: timing.Asked) -> None:
     shape = timing.shape_of(asked.model)
-    _, pluralize = _rows_through_blocks(asked, lambda: asked.attribute("ffn", 10))
+    _, counted = _rows_through_blocks(asked, lambda: asked.attribute("ffn", 10))
     again = cost.certified(shape, TOKENS, prompts=len(asked.prompts)).products
-    assert pluralize.products == again + shape.ffn_neurons
+    assert counted.products == again + shape.ffn_neurons
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +194,7 @@ def found() -> dict[str, Any]:
     )
 
 
+@pytest.mark.exhaustive
 def test_growth_table_has_a_line_for_every_model_and_number_of_prompts(found: dict[str, Any]) -> None:
     lines = growth_report.growth_table(found).splitlines()
     assert [line.split(" | ")[3:5] for line in lines[2:]] == [["211", "2"], ["211", "1"], ["307", "1"]]

@@ -110,11 +110,11 @@ def _by_model(rows: Iterable[VerdictRow]) -> dict[str, list[VerdictRow]]:
 def _counts(rows: Iterable[VerdictRow]) -> Table:
     """Return how many claims of each model have which verdict; those that are only reported are counted apart."""
     columns = Column("model"), *(Column(name, "number") for name in (*STATUSES, "only reported"))
-    pluralize = []
+    counted = []
     for model, found in _by_model(rows).items():
         counts = Counter(status_of(row) if row["asserted"] else "only reported" for row in found)
-        pluralize.append([model, *(str(counts[column.heading]) for column in columns[1:])])
-    return Table.of(columns, pluralize)
+        counted.append([model, *(str(counts[column.heading]) for column in columns[1:])])
+    return Table.of(columns, counted)
 
 
 def _verdict_tables(rows: Sequence[VerdictRow]) -> list[tuple[str, Table]]:

@@ -230,11 +230,11 @@ def _counted_passes(model: at.Model, monkeypatch: pytest.MonkeyPatch) -> list[to
     passes: list[torch.Size] = []
     original = type(model.network).trace
 
-    def pluralize(network: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def counted(network: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         passes.append(inputs["input_ids"].shape)
         return original(network, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(type(model.network), "trace", pluralize)
+    monkeypatch.setattr(type(model.network), "trace", counted)
     return passes
 
 

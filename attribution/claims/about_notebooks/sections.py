@@ -158,13 +158,13 @@ class Comparison:
         queries = self.recount.query_neurons(side, queried).members(queried)
         surely_value, maybe_value = values["ffn"]
         surely_query, maybe_query = cast("tuple[set[Component], set[Component]]", queries)
-        pluralize = {
+        counted = {
             "ffn_value": values["ffn"],
             "attention_value": values["attention"],
             "query_only": (surely_query - maybe_value, maybe_query - surely_value),
             "query_and_value": (surely_query & surely_value, maybe_query & maybe_value),
         }
-        for name, (surely, maybe) in pluralize.items():
+        for name, (surely, maybe) in counted.items():
             low, high = (Counter(record.layer for record in records) for records in (surely, maybe))
             for layer in range(self.recount.model.anatomy.layers):
                 count = printed[name].get(str(layer), 0)
