@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import attribution as at
+
+# Tests are no package: what stands beside them is found for as long as it is imported.
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parent))
+    import forked
 
 # A worker of a distributed run shares the cores with others.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -217,12 +224,32 @@ _IN_FRONT = {"llama", "mistral", "gemma", "gemma2", "gemma3", "gemma3_text", "ph
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let whoever adds a family run all tests of the engine on it."""
+    """Let whoever adds a family run all tests of the engine on it, and tox what takes too long to wait for."""
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="run what is marked so as well: every injected fault, every page, the wheel in an empty environment, ...",
+    )
     parser.addoption(
         "--every-architecture",
         action="store_true",
         help="run on every tiny model what otherwise runs on those that together have every setting",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker of the tests that tox runs and a developer need not wait for."""
+    config.addinivalue_line("markers", "exhaustive: takes long, and a quicker test samples it; needs --exhaustive")
+    config.addinivalue_line("markers", "own_process: nested runs import everything anew, as their subject is read then")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what is exhaustive, so that the last line of the run counts it."""
+    if not config.getoption("--exhaustive", default=False):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -427,3 +454,29 @@ def representative_model(loaded: Callable[[str], at.Model], representative: str)
 def representative_plain(make_folder: Callable[[str], Path], representative: str) -> Any:
     """The same weights in plain transformers, without this package. Read-only: copy it to edit it."""
     return _plain(make_folder(representative))
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """What pytester waits for."""
+
+    status: int
+    stdin: None = None
+
+    def wait(self) -> int:
+        return self.status
+
+
+@pytest.fixture
+def pytester(pytester: pytest.Pytester, request: pytest.FixtureRequest) -> pytest.Pytester:
+    """Run pytest in forked processes, which have torch already; in new ones where a test is marked ``own_process``."""
+
+    def fork(words: list[str], stdout: Any, stderr: Any, **_: Any) -> _Ended:
+        python, module, *options = words
+        assert (python, module) == (sys.executable, "-mpytest")
+        streams = Path(stdout.name), Path(stderr.name)
+        return _Ended(forked.run(["-m", "pytest", *options], Path.cwd(), os.environ, *streams))
+
+    if forked.available() and request.node.get_closest_marker("own_process") is None:
+        pytester.popen = fork  # type: ignore[method-assign, assignment]
+    return pytester

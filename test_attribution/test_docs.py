@@ -49,6 +49,7 @@ NOT_RUN = {
     "stands for any model": ("pytest --model=ID_OR_FOLDER",),
     "runs a whole suite, for minutes": (
         "pytest",
+        "pytest test_attribution",
         "pytest -m bundled",
         'pytest -m "bundled and superiority"',
         "pytest -m bundled --attribution-report=out",
@@ -112,6 +113,13 @@ SHORTENED = {
 }
 
 
+# Pages whose commands run for minutes together; the commands themselves are checked all the same.
+LONG = (
+    *("benchmarks/README.md", "docs/ci.md", "docs/families.md", "docs/gate.md", "docs/new_model.md"),
+    *("docs/prompts.md", "docs/report.md", "docs/scale.md"),
+)
+
+
 SKIPPED = {tuple(shlex.split(command)): why for why, commands in NOT_RUN.items() for command in commands}
 ROWS = {tuple(shlex.split(command)): how for command, how in SHORTENED.items()}
 
@@ -136,7 +144,11 @@ def pages(desk: Desk) -> Iterator[dict[str, Page]]:
         yield {name: Page(desk, name, [block for block in BLOCKS if block.page == name]) for name in TEXTS}
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(block, marks=[pytest.mark.exhaustive] * (block.page in LONG)) for block in BLOCKS],
+    ids=str,
+)
 def test_block_does_what_the_page_says(block: Block, pages: dict[str, Page]) -> None:
     pages[block.page].follow(block)
 

@@ -43,6 +43,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 def test_random_model_of_gpt2s_shape_is_sound_and_knows_nothing(pytester: pytest.Pytester, models_dir: Path) -> None:
     pytester.makeconftest(CONFTEST)
     for name in ("test_faithfulness", "test_knowledge"):

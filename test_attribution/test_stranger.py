@@ -18,6 +18,9 @@ import pytest
 
 from attribution.models.registry import entry_of
 
+# A build and an environment of its own, that is, minutes.
+pytestmark = pytest.mark.exhaustive
+
 ROOT = Path(__file__).parents[1]
 PLUGINS = ("pytest-cov", "pytest-timeout", "pytest-randomly")
 

@@ -14,7 +14,7 @@ import attribution as at
 SCRIPT = Path(__file__).parents[1] / "fixtures" / "training" / "train.py"
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+@pytest.mark.parametrize("arch", ["gpt2", pytest.param("llama", marks=pytest.mark.exhaustive)])
 def test_smoke_training_writes_a_model_that_the_suite_can_use(arch: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--arch", arch, "--smoke", "--threads", "1", "--work", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -34,6 +34,7 @@ def test_smoke_training_writes_a_model_that_the_suite_can_use(arch: str, tmp_pat
     assert len(ranking) == 3
 
 
+@pytest.mark.exhaustive
 def test_interrupted_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """The first run dies after its first checkpoint, at step 3 of 6."""
     base = [sys.executable, str(SCRIPT), "--arch", "llama", "--smoke", "--threads", "1"]

@@ -149,10 +149,11 @@ def test_worlds_are_just_false() -> None:
     assert set(dict(power._false_worlds(_extreme_claim("share", 0.5), shares, ones, 0.5, 1))) == {"tilted", "mixed"}
 
 
+MODELS = ["bundled:gpt2", pytest.param("bundled:llama", marks=pytest.mark.exhaustive)]
 BASELINE = Path(__file__).resolve().parents[2] / ".attribution" / "bundled.json"
 
 
-@pytest.mark.parametrize("model", ["bundled:gpt2", "bundled:llama"])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_claim_of_the_suite_is_supported_in_at_most_5_percent_of_samples_where_it_is_false(model: str) -> None:
     """By what the bundled models measured, with as few facts as the claim can be decided by."""
     measured = [each for each in stored_run.loads(BASELINE.read_text(encoding="utf-8")).verdicts if each.model == model]
@@ -161,7 +162,7 @@ def test_every_claim_of_the_suite_is_supported_in_at_most_5_percent_of_samples_w
     assert {name: each.false_positive for name, each in rates.items() if each.false_positive > power.LIMIT} == {}
 
 
-@pytest.mark.parametrize("model", ["bundled:gpt2", "bundled:llama"])
+@pytest.mark.parametrize("model", MODELS)
 def test_claims_about_models_are_supported_in_at_most_5_percent_of_samples_where_they_are_false(model: str) -> None:
     """They belong to no baseline, so they are measured here: all that is surveyed but the sums over every neuron."""
     bench = Workbench(Sample(at.load(model), load_knowledge(), max_prompts=300))

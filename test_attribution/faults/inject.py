@@ -361,7 +361,9 @@ def main() -> None:
     faults: Sequence[Fault] = import_module("catalogue").FAULTS
     chosen = [fault for fault in faults if not options.names or fault.name in options.names]
     start = time.monotonic()
-    results = inject([Fault(CONTROL, ()), *chosen])
+    # Of some faults, the control is what they concern; where that is nothing but the preflight, all that there is.
+    concerned = tuple(dict.fromkeys(claim for fault in chosen for claim in fault.claims)) if options.names else ()
+    results = inject([Fault(CONTROL, (), concerned), *chosen])
     if options.json:
         found = {"results": results, "page": document(results, faults)}
         options.json.write_text(json.dumps(found), encoding="utf-8")

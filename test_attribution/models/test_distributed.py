@@ -170,6 +170,7 @@ def test_a_spread_model_gives_the_rankings_of_another(monkeypatch: pytest.Monkey
         spread.anatomy.subkeys[spread.anatomy.layers]
 
 
+@pytest.mark.exhaustive
 def test_xdist_workers_give_the_verdicts_of_one_process_and_one_report(tmp_path: Path) -> None:
     """Each worker has the models of its own claims; what they judge is written once."""
     verdicts = []

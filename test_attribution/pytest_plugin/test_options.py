@@ -125,6 +125,8 @@ def test_models_are_loaded_as_the_options_say(suite: pytest.Pytester) -> None:
             assert attribution_bench.sample.max_prompts == 5
             assert attribution_prompts is attribution_bench.prompts
     """)
+    # What a model knows is asked of all prompts first, and takes long in bfloat16.
+    suite.makeconftest("def pytest_attribution_categories(): return ['month']")
     result = suite.runpytest_subprocess(
         "--model=bundled:gpt2", "--dtype=bfloat16", "--max-prompts=5", "--seed=3", "--device", "cpu"
     )
@@ -197,6 +199,7 @@ def test_option_that_cannot_be_meant_is_an_error_in_one_line(
 def test_another_seed_draws_other_controls_and_is_part_of_the_record(suite: pytest.Pytester) -> None:
     claims = (ROOT / "test_faithfulness" / "test_value_neurons.py").read_text(encoding="utf-8")
     suite.makepyfile(test_claims=claims)
+    suite.makeconftest("def pytest_attribution_categories(): return ['month']")
     chosen = "mrr and (seed1 or matched_layer_and_norm)"
     effects = {}
     for name, seed in (("zero", 0), ("five", 5), ("again", 5)):

@@ -263,6 +263,7 @@ def test_suite_chooses_its_models_and_categories_by_hooks(suite: pytest.Pytester
     assert "bundled-gpt2" not in result.stdout.str()
 
 
+@pytest.mark.own_process
 def test_runs_without_claims_do_not_import_torch(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("import sys\ndef test_it(): assert not {'torch', 'nnsight', 'transformers'} & set(sys.modules)")
     pytester.runpytest_subprocess().assert_outcomes(passed=1)
