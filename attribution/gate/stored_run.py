@@ -280,6 +280,8 @@ def loads(text: str) -> StoredRun:
                               "claims": list}, "it")  # fmt: skip
     models = {}
     for name, facts in content["models"].items():
+        # Earlier versions did not write it, and knew no quantised weights.
+        facts = {"quantised": "", **facts} if isinstance(facts, dict) else facts
         _require_fields(facts, get_type_hints(ModelFacts), f"model {name!r}")
         models[name] = ModelFacts(**facts)
     for name, prompts in content["prompts"].items():

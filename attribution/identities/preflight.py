@@ -119,6 +119,13 @@ _FFN_TERMS = "n = FFN neurons + 1 (+ width where a norm follows)"
 _NORMED_TERMS = "n = 2 * width behind a norm"
 
 CHECKS: Mapping[str, _Identity] = {
+    "beginning": _exact(
+        "a text begins with BOS, once, where the tokenizer's settings say so (add_bos_token), and without it where "
+        "they deny it",
+        "texts that do not",
+        "repair the tokenizer (its post-processor, or add_bos_token in tokenizer_config.json): many models are others "
+        "without BOS",
+    ),
     "null_intervention": _exact(
         "a trace that edits nothing, a trace whose masks are empty and the plain module give the same logits",
         "logits that differ",
@@ -255,6 +262,7 @@ def _measure(model: Model, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str,
     """Yield each check's value as it is asked for: nothing is measured behind a broken identity."""
     anatomy = model.anatomy
     batch = pad(rows, device=model.device)
+    yield "beginning", _wrong_beginnings(model)
     # 1. Tracing changes nothing, and what it reads are numbers.
     clean = read_activations(model, batch, positions="all")
     yield "null_intervention", _null_intervention(model, batch, clean)
@@ -423,6 +431,15 @@ def _value_subkey_error(clean: Activations, anatomy: Anatomy, batch: TokenBatch)
         traced = clean.values[layer][real].flatten(1)
         errors.append(ratio((values - traced.double()).abs(), error))
     return worst(errors)
+
+
+def _wrong_beginnings(model: Model) -> float:
+    """Count the texts that do not begin as the tokenizer's settings say; none where they say nothing."""
+    first = model.tokenizer.bos_token_id
+    if model.begins is None or first is None:
+        return 0
+    found = [model.tokenizer.encode(text)[:2].count(first) for text in (_SENTENCE, "1976", "a")]
+    return float(sum(number != int(model.begins) for number in found))
 
 
 @contextmanager

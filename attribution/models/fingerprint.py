@@ -21,12 +21,14 @@ class ModelFacts:
         revision: Commit on the hub, if it came from there.
         dtype: Their dtype, such as ``"float32"``.
         device: Type of the device they are on, such as ``"cpu"``.
+        quantised: How they were quantised in a GGUF file, as of :class:`Model`; empty if not.
     """
 
     weights: str
     revision: str | None
     dtype: str
     device: str
+    quantised: str = ""
 
 
 def facts_of(model: Model) -> ModelFacts:
@@ -44,4 +46,5 @@ def facts_of(model: Model) -> ModelFacts:
         revision=model.revision or None,
         dtype=str(model.anatomy.readout.unembedding.dtype).removeprefix("torch."),
         device=model.device.type,
+        quantised=model.quantised,
     )

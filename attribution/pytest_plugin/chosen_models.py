@@ -121,13 +121,24 @@ def described(entry: Entry, options: Any) -> str:
     words = [entry.name]
     if not entry.bundled and folder.is_dir():
         words += [] if str(folder) == entry.source else [f"from {folder}"]
-    elif entry.local and not entry.bundled and entry.source != entry.name:
+    elif (entry.local and not entry.bundled and entry.source != entry.name) or entry.parts:
         words.append(f"from {entry.source}")
     elif not entry.local:
         words += [] if entry.source == entry.name else [f"from {entry.source}"]
         words.append(f"at {revision or 'its newest commit'}")
+    words += _quantised(entry)
     words.append(f"in {options.attribution_dtype or entry.dtype} on {options.attribution_device or 'cpu'}")
     return " ".join(words)
+
+
+def _quantised(entry: Entry) -> list[str]:
+    """Return how a model's weights are quantised, in brackets, if it is a GGUF file."""
+    file = Path(entry.source)
+    if not entry.parts and not (file.suffix == ".gguf" and file.is_file()):
+        return []
+    from attribution.models.gguf import described as quantisation
+
+    return [f"({quantisation(file, sha256=entry.sha256) or 'not quantised'})"]
 
 
 def fetch(models: Mapping[str, int], config: pytest.Config) -> None:

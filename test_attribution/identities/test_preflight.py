@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -67,6 +68,21 @@ def _anatomy(**changes: Callable[[Anatomy], Any]) -> Fault:
         return replace(
             model, anatomy=replace(model.anatomy, **{name: wrong(model.anatomy) for name, wrong in changes.items()})
         )
+
+    return fault
+
+
+def _beginning(*, said: bool, done: bool) -> Fault:
+    """Return a model whose tokenizer says that texts begin with BOS, or that they do not, and does what it likes."""
+
+    def fault(model: Model, _: pytest.MonkeyPatch) -> Model:
+        tokenizer = copy.deepcopy(model.tokenizer)
+        first, number = tokenizer.bos_token, tokenizer.bos_token_id
+        template = f"{first} $A" if done else "$A"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=template, special_tokens=[(first, number)]
+        )
+        return replace(model, tokenizer=tokenizer, begins=said)
 
     return fault
 
@@ -311,6 +327,9 @@ def _of_the_biases_too(
 
 _NULL = "null_intervention"
 FAULTS: dict[str, tuple[str, Fault, str]] = {
+    # Texts are not those that the model learned.
+    "BOS is forgotten": ("llama", _beginning(said=True, done=False), "beginning"),
+    "BOS is not wanted": ("llama", _beginning(said=False, done=True), "beginning"),
     # What is read does not add up.
     "the factor on what sublayers write is forgotten": ("granite", _anatomy(residual_scale=lambda _: 1.0), "layers"),
     "attention is read one layer late": (

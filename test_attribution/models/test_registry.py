@@ -48,7 +48,7 @@ def _declared(tmp_path: Path, text: str) -> list[str]:
 
 
 def test_every_real_model_is_pinned_and_of_a_known_type() -> None:
-    real = {entry.source: entry for entry in registry().values() if not entry.bundled}
+    real = {entry.source: entry for entry in registry().values() if not entry.bundled and not entry.parts}
     assert real.keys() == MODEL_TYPES.keys()
     assert set(MODEL_TYPES.values()) <= KNOWN_TYPES.keys()
     for entry in real.values():
@@ -122,7 +122,7 @@ def test_pyproject_declares_models_by_folder_and_by_hub_id(tmp_path: Path) -> No
         ("[tool]\nattribution = 3", ["3", "[tool.attribution.models.NAME]"]),
         ("[tool.attribution]\nmodels = ['x']", ["['x']", "[tool.attribution.models.NAME]"]),
         ("[tool.attribution.models]\nx = 'org/x'", ["'x'", "source"]),
-        ("[tool.attribution.models.x]\nmarker = 'x'", ["no source", "hub id or a folder"]),
+        ("[tool.attribution.models.x]\nmarker = 'x'", ["no source", "hub id, a folder or a GGUF file"]),
         ("[tool.attribution.models.x]\nsource = ''", ["no source"]),
         ("[tool.attribution.models.x]\nsource = 7", ["no source"]),
         ("[tool.attribution.models.x]\nsource = 'o/x'\nsuorce = 'y'", ["'suorce'", "revision"]),
