@@ -303,6 +303,17 @@ def _scores(shape: Shape, unit: _Unit, number: float, *, first_order: bool = Tru
     return Work(0, 0, number, (_exact(shape, number, ceil(number / rows)), swept))
 
 
+def _ranks(shape: Shape, unit: _Unit, number: float) -> Work:
+    """The answer's own logit in every vector, which brackets its rank, and the rank counted in so many."""
+    own = Phase("own logits", singles=2 * shape.width * unit.vectors, bytes=shape.bytes * shape.width * unit.vectors)
+    counted = Phase(
+        "counted ranks",
+        singles=2 * shape.unembedding * number,
+        bytes=shape.bytes * shape.unembedding + 3 * SINGLE * shape.vocabulary * number,
+    )
+    return Work(0, 0, number, (own, counted))
+
+
 def _search_memory(shape: Shape, unit: _Unit, scored: float) -> float:
     """Bytes at the peak of one question."""
     # Places of candidates and norms of vectors are kept for the next question.
@@ -385,17 +396,18 @@ def table_2(
         shape: The model.
         tokens: Of each prompt.
         k: How many neurons are ablated.
-        scored: How many candidates each method that projects them scores exactly, by name.
+        scored: How many candidates each method that projects them scores exactly, by name, and of how many vectors
+            the answer's rank is counted, ``"counted"``.
         prompts: How many prompts.
     """
     held, found = _unit(shape, "ffn", tokens), scored or {}
     each = _states(shape, held.sublayer_indices)
-    # Both increases rest on one bound; log p(w|mv) is an increase over one uniform distribution for all layers; a rank
-    # has a bound that is looked up.
+    # Both increases rest on one bound; log p(w|mv) is an increase over one uniform distribution for all layers.
     for sublayer_indices in (held.sublayer_indices, 1):
         each += _bounds(shape, sublayer_indices, held.vectors, held.candidates)
-    for name in ("log_prob_increase", "log_prob", "prob_increase", "reciprocal_rank", "coefficient_by_rank"):
+    for name in ("log_prob_increase", "log_prob", "prob_increase"):
         each += _scores(shape, held, found.get(name, k + SPARE), first_order=False)
+    each += _ranks(shape, held, found.get("counted", 2 * (k + SPARE)))
     each += Work(0, 0, 0, (), memory=_search_memory(shape, held, k + SPARE), questions=8)
     reruns = rerun(shape, tokens, prompts) + rerun(shape, tokens, 8 * prompts)
     return traced_forward(shape, tokens, prompts) + each.times(prompts) + reruns

@@ -66,8 +66,15 @@ def asked(request: pytest.FixtureRequest) -> timing.Asked:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many candidates were scored exactly, by method and by unit."""
+    """How many candidates were scored exactly, by method and by unit, and how many ranks were counted."""
     found: Counter[str] = Counter()
+    count = vectors.counted
+
+    def counting_ranks(written: Any, *args: Any) -> Any:
+        found["counted"] += len(written)
+        return count(written, *args)
+
+    monkeypatch.setattr(vectors, "counted", counting_ranks)
 
     def counting(candidates: Any, method: Any, *args: Any, **options: Any) -> Any:
         selected = selection.top_k(candidates, method, *args, **options)

@@ -24,7 +24,7 @@ from torch import Tensor
 from attribution.models.anatomy import Readout
 from attribution.models.norms import centre, frozen_scale
 
-__all__ = ["before_softmax", "frozen_scale", "largest_row_norm", "model_logits", "pull_back"]
+__all__ = ["before_softmax", "direction_of", "frozen_scale", "largest_row_norm", "model_logits", "pull_back"]
 
 # Rows of the unembedding that are converted at a time; small enough to stay in the processor's cache.
 _CHUNK_ROWS = 1024
@@ -109,6 +109,12 @@ def pull_back(covectors: Tensor, scale: Tensor, readout: Readout) -> Tensor:
     for part, rows in _chunks(readout.unembedding, covectors.dtype):
         pulled = pulled + covectors[..., part] @ rows
     return centre(_weighted(pulled, scale, readout), readout.norm)
+
+
+def direction_of(readout: Readout, tokens: Tensor | int) -> Tensor:
+    """Return the direction u of tokens, float64, (..., width): <u, v> = bs(v)_t for a frozen scale of 1."""
+    rows = readout.unembedding[tokens].double()
+    return centre(_weighted(rows, rows.new_ones(()), readout), readout.norm)
 
 
 def largest_row_norm(readout: Readout) -> Tensor:

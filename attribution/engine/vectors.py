@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attribution.engine.projection import before_softmax, largest_row_norm
+from attribution.engine.projection import before_softmax, direction_of, largest_row_norm
+from attribution.engine.ranks import Levels, bracketed, counted, levels_of
 from attribution.models.anatomy import Anatomy, ByLayer, Readout
 from attribution.models.model import Model
 from attribution.records import (
@@ -31,9 +32,6 @@ _KEPT_NUMBERS = 2**24
 
 # Ranks in so small a part of the vectors are not kept.
 _FEW_OF_ALL = 8
-
-# How many of the tokens that a vector raises most are remembered.
-_LEADING = 64
 
 
 def sublayers_of(unit: Unit, anatomy: Anatomy) -> tuple[Layer, ...]:
@@ -75,6 +73,7 @@ class VectorTable:
         self.per_head = per_head
         self._records: dict[tuple[int, int, int], Component] = {}
         self._ranks: dict[int, Tensor] = {}
+        self._brackets: dict[int, tuple[Tensor, Tensor]] = {}
         self._indices: dict[int, tuple[Tensor, ...]] = {}
 
     @classmethod
@@ -197,40 +196,36 @@ class VectorTable:
         return vectors if post_weight is None else vectors * post_weight.double()
 
     @cached_property
-    def _leading_tokens(self) -> tuple[Tensor, Tensor]:
-        """Return the tokens that each vector raises most, and for each and for all others a bound on 1 / rank.
-
-        Read off float32 logits once for all prompts and answers. Only tokens ahead by more than rounding count as
-        ahead, so that no rank is smaller than its bound says.
-
-        Returns:
-            Tokens, (rows of all sublayers, M), and bounds, (rows of all sublayers, M + 1), the last for tokens that are
-            not listed.
-        """
-        unembedding, dtype = self.readout.unembedding, self.scan_dtype
-        one = torch.ones((), dtype=dtype, device=unembedding.device)
-        number = min(_LEADING, len(unembedding))
-        rounding = 4 * unembedding.shape[1] ** 0.5 * torch.finfo(dtype).eps * self.largest_readout
-        tokens, bounds = [], []
+    def _levels(self) -> Levels:
+        """Logits of every vector at some ranks, which are the same for all prompts and answers."""
+        found = []
         for sublayer_index, vectors in enumerate(self.vectors):
-            for rows in torch.arange(len(vectors), device=vectors.device).split(
-                _KEPT_NUMBERS // 4 // len(unembedding) + 1
-            ):
-                written = self.written(sublayer_index, rows)
-                largest, token = before_softmax(written.to(dtype), one, self.readout).topk(number)
-                # What is listed j-th is ahead of nobody's bound unless it leads by more than both can be off.
-                reach = largest.double() + rounding * written.norm(dim=-1, keepdim=True)
-                ahead = torch.searchsorted(-largest.double(), -reach)
-                tokens.append(token.int())
-                bounds.append(1 / (1 + torch.cat([ahead, ahead[:, -1:]], dim=-1)).double())
-        return torch.cat(tokens), torch.cat(bounds)
+            written = self.written(sublayer_index, torch.arange(len(vectors), device=vectors.device))
+            found.append(levels_of(written.to(self.scan_dtype), self.readout))
+        return Levels(found[0].ranks, torch.cat([each.logits for each in found]))
+
+    @cached_property
+    def _reach(self) -> Tensor:
+        """How far rounding of logits in ``scan_dtype`` can move the difference of two, (rows of all sublayers,)."""
+        width, eps = self.readout.unembedding.shape[1], torch.finfo(self.scan_dtype).eps
+        reach: Tensor = 8 * width**0.5 * eps * self.largest_readout * self.norms
+        return reach
+
+    def rank_brackets(self, answer: int) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest rank that the answer can have in bs(v), (rows of all sublayers,) each."""
+        if answer not in self._brackets:
+            direction = direction_of(self.readout, answer)
+            own = []
+            for vectors, post_weight in zip(self.vectors, self.post_weights, strict=True):
+                seen = direction if post_weight is None else direction * post_weight.double()
+                own.append(vectors.to(self.scan_dtype) @ seen.to(self.scan_dtype))
+            # Prompts of one answer seldom follow each other for long: the last one's are kept.
+            self._brackets = {answer: bracketed(self._levels, torch.cat(own), self._reach)}
+        return self._brackets[answer]
 
     def reciprocal_rank_bounds(self, answer: int) -> Tensor:
-        """Return what 1 / rank of the answer in bs(v) cannot exceed, (rows of all sublayers,)."""
-        tokens, bounds = self._leading_tokens
-        listed = tokens == answer
-        place = torch.where(listed.any(-1), listed.int().argmax(-1), tokens.shape[1])
-        return bounds.gather(1, place[:, None])[:, 0]
+        """Return what 1 / rank of the answer in bs(v) cannot exceed, float64, (rows of all sublayers,)."""
+        return 1 / self.rank_brackets(answer)[0].double()
 
     def reciprocal_ranks(self, sublayer_index: Tensor, row: Tensor, answer: int) -> Tensor:
         """Return 1 / rank of the answer in bs(v), (n,).
@@ -238,13 +233,20 @@ class VectorTable:
         The rank counts from 1, in descending order; tokens equal to the answer do not push it down. The frozen
         scale does not change it.
         """
-        known = self._ranks.get(answer)
-        if known is None:
-            # A search asks for a few vectors; what needs most of them is asked again for other prompts of the answer.
-            if not self.keeps_logits or len(row) < sum(self.sizes) // _FEW_OF_ALL:
-                return _reciprocal_ranks(self.unscaled_logits(sublayer_index, row), answer)
-            known = self._ranks[answer] = _reciprocal_ranks(self._kept_logits, answer)
-        return known[self.offsets[sublayer_index] + row]
+        if self.keeps_logits:
+            known = self._ranks.get(answer)
+            if known is None:
+                # A search asks for a few vectors; what needs most of them is asked again for other prompts.
+                if len(row) < sum(self.sizes) // _FEW_OF_ALL:
+                    return _reciprocal_ranks(self.unscaled_logits(sublayer_index, row), answer)
+                known = self._ranks[answer] = _reciprocal_ranks(self._kept_logits, answer)
+            return known[self.offsets[sublayer_index] + row]
+        every = self.offsets[sublayer_index] + row
+        least, largest = (each[every] for each in self.rank_brackets(answer))
+        unsure = (least < largest).nonzero()[:, 0]
+        vectors = self._written(sublayer_index[unsure], row[unsure])
+        ranks = counted(vectors, answer, self.readout, self.scan_dtype, self._reach[every[unsure]])
+        return 1 / least.index_copy(0, unsure, ranks).double()
 
     @cached_property
     def keeps_logits(self) -> bool:
@@ -264,11 +266,15 @@ class VectorTable:
             return self._kept_logits[self.offsets[sublayer_index] + row]
         one = torch.ones((), dtype=torch.float64, device=row.device)
         # All sublayers in one product: the unembedding is by far the largest thing to read.
+        return before_softmax(self._written(sublayer_index, row), one, self.readout)
+
+    def _written(self, sublayer_index: Tensor, row: Tensor) -> Tensor:
+        """Return vectors of several sublayers as :meth:`written` does, float64, (n, width)."""
         vectors = torch.empty(len(row), self.readout.unembedding.shape[1], dtype=torch.float64, device=row.device)
         for each in sublayer_index.unique().tolist():
             chosen = sublayer_index == each
             vectors[chosen] = self.written(each, row[chosen])
-        return before_softmax(vectors, one, self.readout)
+        return vectors
 
 
 def _tables(anatomy: Anatomy) -> dict[Unit, VectorTable]:

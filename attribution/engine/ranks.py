@@ -1,0 +1,116 @@
+"""Ranks of an answer in bs(v): bracketed for every vector v, and counted for a few.
+
+Sorted once, the logits of a vector bracket the rank of any answer: of each vector the logits at some ranks r_1 < r_2 <
+... are kept, and an answer whose own logit, one dot product, lies between two of them ranks between them. All is
+computed in float32 with a margin for its rounding, so that the brackets hold for ranks in float64; those are counted
+where it matters, with float64 only for the tokens that float32 cannot tell from the answer.
+
+A rank counts from 1, in descending order, and tokens equal to the answer do not push it down.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attribution.engine.projection import before_softmax, direction_of
+from attribution.models.anatomy import Readout
+
+__all__ = ["Levels", "bracketed", "counted", "kept_ranks", "levels_of"]
+
+# The first ranks are all kept, and of others so many from one to twice as many: a bracket is a fifth of its rank wide.
+_FIRST, _PER_OCTAVE = 8, 4
+# Logits, vectors x vocabulary, that are held at a time: 2**24 float32 numbers are 64 MiB.
+_HELD_NUMBERS = 2**24
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The logits of vectors at some ranks.
+
+    Attributes:
+        ranks: Which ranks, rising from 1, (m,).
+        logits: bs(v) at those ranks, for a frozen scale of 1, (n, m), falling.
+    """
+
+    ranks: Tensor
+    logits: Tensor
+
+
+def kept_ranks(vocabulary: int) -> list[int]:
+    """Return the ranks at which logits are kept: each of the first, then some of every octave, and the last."""
+    later = {int(2 ** (step / _PER_OCTAVE)) for step in range(_PER_OCTAVE * vocabulary.bit_length())}
+    return sorted({rank for rank in {*range(1, _FIRST + 1), *later} if rank < vocabulary} | {vocabulary})
+
+
+def levels_of(vectors: Tensor, readout: Readout) -> Levels:
+    """Return the logits at :func:`kept_ranks` of vectors, (n, width), in their dtype."""
+    ranks = torch.tensor(kept_ranks(len(readout.unembedding)), device=vectors.device)
+    one = torch.ones((), dtype=vectors.dtype, device=vectors.device)
+    rows = max(1, _HELD_NUMBERS // len(readout.unembedding))
+    pieces = [_falling(before_softmax(part, one, readout))[:, ranks - 1] for part in vectors.split(rows)]
+    return Levels(ranks, torch.cat(pieces))
+
+
+def _falling(logits: Tensor) -> Tensor:
+    """Sort each row, largest first."""
+    if logits.device.type != "cpu":
+        return logits.sort(dim=-1, descending=True).values
+    # NumPy sorts a row several times faster, and leaves the interpreter to other threads meanwhile.
+    numbers = logits.numpy()
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(lambda part: part.sort(axis=-1), np.array_split(numbers, torch.get_num_threads())))
+    return logits.flip(-1)
+
+
+def bracketed(levels: Levels, own: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest rank that an answer can have in each vector, (n,) each.
+
+    Args:
+        levels: Of the vectors.
+        own: The answer's logit in each, (n,).
+        reach: How far rounding can move the difference of two logits, (n,).
+    """
+    # Levels fall, and searchsorted wants what rises.
+    rising = -levels.logits
+    beyond = torch.cat([levels.ranks.new_zeros(1), levels.ranks])
+    # All tokens up to the last level above the answer are ahead of it; from the first level below it on, none is.
+    upper, lower = ((own + each).to(rising.dtype)[:, None] for each in (reach, -reach))
+    ahead = torch.searchsorted(rising, -upper)[:, 0]
+    behind = torch.searchsorted(rising, -lower, right=True)[:, 0]
+    # The answer itself is above that level.
+    largest = torch.cat([levels.ranks - 1, levels.ranks[-1:]])[behind]
+    return 1 + beyond[ahead].clamp(max=levels.ranks[-1] - 1), largest
+
+
+def counted(vectors: Tensor, answer: int, readout: Readout, dtype: torch.dtype, reach: Tensor) -> Tensor:
+    """Return the rank of the answer in each vector, (n,).
+
+    Args:
+        vectors: v, (n, width), float64.
+        answer: The answer's token id.
+        readout: The final norm and unembedding.
+        dtype: What logits are computed in where it can tell them apart.
+        reach: How far rounding in it can move the difference of two logits, (n,).
+    """
+    rows = max(1, _HELD_NUMBERS // len(readout.unembedding))
+    parts = zip(vectors.split(rows), reach.split(rows), strict=True)
+    return torch.cat([_counted(part, answer, readout, dtype, margin) for part, margin in parts])
+
+
+def _counted(vectors: Tensor, answer: int, readout: Readout, dtype: torch.dtype, reach: Tensor) -> Tensor:
+    one = torch.ones((), dtype=dtype, device=vectors.device)
+    logits = before_softmax(vectors.to(dtype), one, readout)
+    own = logits[:, answer, None]
+    ahead = (logits > own + reach[:, None]).sum(-1)
+    # What is nearer is told apart in float64. The answer itself is among it, so that equal tokens stay equal.
+    row, token = ((logits - own).abs() <= reach[:, None]).nonzero(as_tuple=True)
+    near = (vectors[row] * direction_of(readout, token)).sum(-1)
+    answers = near.new_empty(len(vectors))
+    itself = token == answer
+    answers[row[itself]] = near[itself]
+    return 1 + ahead.index_add(0, row, (near > answers[row]).to(ahead.dtype))
