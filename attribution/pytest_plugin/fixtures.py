@@ -11,6 +11,7 @@ import pytest
 
 from attribution.errors import AttributionError
 from attribution.models.registry import entry_of
+from attribution.pytest_plugin.chosen_models import models_of_the_run
 from attribution.pytest_plugin.collectors import EXHIBIT, LOADED, MEASURED, VERDICT
 from attribution.pytest_plugin.outcome import is_binding, outcome_of_claim, stop_run
 from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_gated, is_worker
@@ -38,12 +39,16 @@ _LOADED = pytest.StashKey[dict[str, str]]()
 
 @pytest.fixture(scope="session")
 def _attribution_threads(request: pytest.FixtureRequest) -> None:
-    """Share the cores among workers: threads that wait for each other on the same ones cost far more than they save."""
+    """Share the cores among workers: threads that wait for each other on the same ones cost far more than they save.
+
+    All claims about a model are one worker's; the others leave it their cores.
+    """
     worker: dict[str, Any] | None = getattr(request.config, "workerinput", None)
     if worker is not None:
         import torch
 
-        torch.set_num_threads(max(1, torch.get_num_threads() // worker["workercount"]))
+        busy = min(worker["workercount"], len(models_of_the_run(request.config)) or 1)
+        torch.set_num_threads(max(1, torch.get_num_threads() // busy))
 
 
 @pytest.fixture(scope="session")

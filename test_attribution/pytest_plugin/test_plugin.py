@@ -292,3 +292,22 @@ def test_claims_of_several_files_about_one_model_are_judged_by_one_worker(pytest
     by_model = {model: {worker for worker, other in judged if other == model} for _, model in judged}
     assert {len(workers) for workers in by_model.values()} == {1}
     assert by_model["bundled-gpt2"] != by_model["bundled-llama"]
+
+
+@pytest.mark.own_process
+@pytest.mark.parametrize(("models", "threads"), [(["gpt2"], 2), (["gpt2", "llama"], 1)], ids=["one model", "two"])
+def test_workers_without_a_model_leave_their_cores_to_the_others(
+    pytester: pytest.Pytester,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    models: list[str],
+    threads: int,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    pytester.makepyfile(f"""
+        import torch
+        def test_it(attribution_model):
+            assert torch.get_num_threads() == {threads}
+    """)
+    options = [f"--model={folders[each]}" for each in models]
+    pytester.runpytest_subprocess(*options, "-n2", "-p", "no:cacheprovider").assert_outcomes(passed=len(models))
