@@ -176,7 +176,7 @@ class Desk:
         assert program in files, f"{shown}: nothing is known of the program {program}; say here how it is checked"
         for file in files[program]:
             # What a wheel installs lies in a clone under the second part of its name.
-            place = self.clone / file.split(".")[1] if "--pyargs" in words else folder / file
+            place = self.clone / file.split(".")[1] if "--pyargs" in words else folder / re.sub(r"\[\w+\]$", "", file)
             assert place.exists(), f"{shown}: there is no {file}"
         if program == "python" and "-m" in values:
             module = self.clone / values["-m"].replace(".", "/")

@@ -150,7 +150,11 @@ def test_a_damaged_folder_is_named_with_what_is_wrong(
         ({"name": "  "}, BadInputError, ["'  '"]),
         ({"name": None}, BadInputError, ["None"]),
         ({"name": 7}, BadInputError, ["7"]),
-        ({"name": "bundled:gpt2", "remote": True}, BadInputError, ["'bundled:gpt2' is on this machine", "remote=False"]),
+        (
+            {"name": "bundled:gpt2", "remote": True},
+            BadInputError,
+            ["'bundled:gpt2' is on this machine", "remote=False"],
+        ),
         ({"name": "gpt2", "remote": "ndif"}, BadInputError, ["'ndif'", "use True, 'local' or an address"]),
         ({"name": "bundled:gpt2", "batch_tokens": 0}, BadInputError, ["0", "use 1 or more"]),
         ({"name": "bundled:gpt2", "dtype": "float"}, BadInputError, ["'float'", "float32, float64, bfloat16, float16"]),

@@ -68,7 +68,7 @@ Row = tuple[tuple[str, ...], Prepare, tuple[str, ...]]
 
 COMMANDS: dict[str, Row] = {
     "bundled model that is none": ((*ASK, "--model=bundled:gtp2"), _nothing, ("'bundled:gtp2'", "bundled:gpt2")),
-    "model that is nowhere": ((*ASK, "--model=gtp2"), _nothing, ("'gtp2'", "a folder, or a hub id")),
+    "model that is nowhere": ((*ASK, "--model=gtp2"), _nothing, ("'gtp2'", "or a hub id such as")),
     "hub id with a space": ((*ASK, "--model=org/my model"), _nothing, ("'org/my model'", "'org/name'")),
     "hub without network": ((*ASK, "--model=org/name"), _nothing, ("'org/name'", "HF_HUB_OFFLINE", "--models-dir=DIR")),
     "models folder without the model": ((*ASK, "--model=gpt2", "--models-dir=."), _nothing, ("put its files",)),

@@ -45,7 +45,10 @@ NOT_RUN = {
         "pytest -m gpt2",
         "pytest -m gpt2 --models-dir=DIR",
         "python -m attribution preflight model.gguf",
-        "pytest -m mine",
+    ),
+    "needs weights that the package index carries": (
+        "python -m attribution explain 'The capital of France is' ' Paris' --model smollm2",
+        "pytest -m 'smollm2 and superiority'",
         "pytest -m gpt2_large",
         "pytest -m llama",
         "python -m attribution triviaqa --hub validation --out trivia.jsonl",

@@ -247,7 +247,7 @@ def test_a_local_model_runs_work_as_it_is(model: at.Model) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "bundled:gpt2", "remote": True}, "which no other machine has; name a model of the hub"),
+        ({"name": "bundled:gpt2", "remote": True}, "and no other has it; name a model of the hub"),
         ({"name": "org/name", "remote": "nowhere"}, "is no place of a model; use True, 'local' or an address"),
         ({"name": "org/name", "remote": True, "dtype": "float32"}, "would be ignored"),
         ({"name": "org/name", "remote": True}, "cannot be fetched from the hub"),
