@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import attribution as at
 
-# Tests are no package: what stands beside them is found for as long as it is imported.
+# The tests are not a package, so modules beside this file can be imported only while its folder is on the path.
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parent))
     import forked
@@ -240,7 +240,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marker of the tests that tox runs and a developer need not wait for."""
     config.addinivalue_line("markers", "exhaustive: takes long, and a quicker test samples it; needs --exhaustive")
-    config.addinivalue_line("markers", "own_process: nested runs import everything anew, as their subject is read then")
+    config.addinivalue_line(
+        "markers", "own_process: nested pytest runs start a new Python, because the test is about imports"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

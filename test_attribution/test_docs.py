@@ -23,7 +23,7 @@ from attribution.pytest_plugin.configuration import CLAIM_MARKERS
 from attribution.pytest_plugin.hookspecs import PluginHooks
 from attribution.pytest_plugin.options import add_options
 
-# Tests are no package: what stands beside them is found for as long as it is imported.
+# The tests are not a package, so modules beside this file can be imported only while its folder is on the path.
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parent))
     from doc_pages import ROOT, Block, Desk, Page, Run, blocks_of, split
@@ -44,16 +44,15 @@ NOT_RUN = {
     "needs real weights, or a data set, from the hub": (
         "pytest -m gpt2",
         "pytest -m gpt2 --models-dir=DIR",
-        "python -m attribution preflight model.gguf",
-    ),
-    "needs weights that the package index carries": (
-        "python -m attribution explain 'The capital of France is' ' Paris' --model smollm2",
-        "pytest -m 'smollm2 and superiority'",
         "pytest -m gpt2_large",
         "pytest -m llama",
         "python -m attribution triviaqa --hub validation --out trivia.jsonl",
     ),
-    "stands for any model": ("pytest --model=ID_OR_FOLDER",),
+    "needs weights that the package index carries": (
+        "python -m attribution explain 'The capital of France is' ' Paris' --model smollm2",
+        "pytest -m 'smollm2 and superiority'",
+    ),
+    "stands for any model": ("pytest --model=ID_OR_FOLDER", "python -m attribution preflight model.gguf"),
     "runs a whole suite, for minutes": (
         "pytest",
         "pytest test_attribution",

@@ -33,7 +33,8 @@ finally:
     sys.path.remove(str(HERE))
 
 FAULTS = {fault.name: fault for fault in catalogue.FAULTS}
-# One slip for the preflight and one for each family of claims that few prompts decide; all of them take minutes.
+# Without --exhaustive, one fault for the preflight and one for each set of claims that a few prompts decide: all 142
+# take minutes.
 _BRIEF = {fault.claims for fault in catalogue.FAULTS if all(family.endswith(inject.EXACT) for family in fault.claims)}
 QUICK = [next(fault.name for fault in catalogue.FAULTS if fault.claims == each) for each in sorted(_BRIEF)]
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.exhaustive) for name in FAULTS]

@@ -22,7 +22,8 @@ from attribution.models.anatomy import Readout
 
 __all__ = ["Levels", "bracketed", "counted", "kept_ranks", "levels_of"]
 
-# The first ranks are all kept, and of others so many from one to twice as many: a bracket is a fifth of its rank wide.
+# Every rank up to _FIRST is kept, then _PER_OCTAVE ranks between each power of two and the next, so that the ends of a
+# bracket differ by about a fifth.
 _FIRST, _PER_OCTAVE = 8, 4
 # Logits, vectors x vocabulary, that are held at a time: 2**24 float32 numbers are 64 MiB.
 _HELD_NUMBERS = 2**24

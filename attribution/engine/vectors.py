@@ -206,7 +206,11 @@ class VectorTable:
 
     @cached_property
     def _reach(self) -> Tensor:
-        """How far rounding of logits in ``scan_dtype`` can move the difference of two, (rows of all sublayers,)."""
+        """How far rounding of logits in ``scan_dtype`` can move the difference of two, (rows of all sublayers,).
+
+        A sum of n terms errs by about sqrt(n) eps times their sizes, as in the margin of the first-order bound; by
+        Cauchy-Schwarz these are at most |v| times the largest readout. The factor is 4, as there, for each of the two.
+        """
         width, eps = self.readout.unembedding.shape[1], torch.finfo(self.scan_dtype).eps
         reach: Tensor = 8 * width**0.5 * eps * self.largest_readout * self.norms
         return reach

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,16 @@ def cache_folder(kind: str) -> Path:
 
 
 def fingerprint_of(parts: Sequence[Path]) -> str:
-    """Return the SHA-256 of files one behind the other, in hexadecimal digits."""
+    """Return the SHA-256 of files one behind the other, in hexadecimal digits; unchanged files are read once."""
+    states = [(part, part.stat()) for part in parts]
+    return _fingerprint(tuple((part, state.st_size, state.st_mtime_ns) for part, state in states))
+
+
+@cache
+def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash files, each given with its size and the time of its last change."""
     digest = hashlib.sha256()
-    for part in parts:
+    for part, _, _ in files:
         with part.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
