@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["pluralize"]
+__all__ = ["duration", "pluralize"]
+
+
+def duration(seconds: float) -> str:
+    """Return a time to wait in words: ``40 s``, ``3 min`` or ``1 h 20 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def pluralize(number: int, one: str, many: str = "") -> str:

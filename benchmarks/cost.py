@@ -242,8 +242,18 @@ def traced_forward(shape: Shape, tokens: int, rows: int = 1) -> Work:
     return Work(rows, 0, 0, (_blocks(shape, tokens, rows),), traced_blocks=passes * shape.layers)
 
 
-def rerun(shape: Shape, tokens: int, variants: int = 10) -> Work:
-    """Ablated variants of a prompt as rows of a batch, logits at the last position of each."""
+def rerun(shape: Shape, tokens: int, variants: int = 10, *, plain: int = 0) -> Work:
+    """Ablated variants of prompts as rows of a batch, logits at the last position of each.
+
+    Blocks below the first one that is edited are counted as if they ran.
+
+    Args:
+        shape: The model.
+        tokens: Of each prompt.
+        variants: How many rows, of all prompts together.
+        plain: How many prompts are run as they are before, for their variants to begin in.
+    """
+    variants += plain
     passes = ceil(variants * tokens / CHUNK_TOKENS)
     return Work(
         forward=variants,
@@ -448,7 +458,7 @@ WORKLOADS: dict[str, tuple[int, Callable[[Shape], Work]]] = {
     "certified top 10, FFN": (1, lambda shape: certified(shape, TOKENS)),
     "certified top 10, FFN + attention": (1, lambda shape: certified(shape, TOKENS, "neuron")),
     "every FFN neuron": (1, lambda shape: every_neuron(shape, TOKENS)),
-    "rerun of 10 variants": (1, lambda shape: rerun(shape, TOKENS)),
+    "rerun of 10 variants": (1, lambda shape: rerun(shape, TOKENS, plain=1)),
     "published way, FFN": (1, lambda shape: published(shape, TOKENS)),
     "Dai et al. 2022, 20 steps": (1, lambda shape: knowledge_neurons(shape, TOKENS)),
     f"Table 2, {PROMPTS:,} prompts": (PROMPTS, lambda shape: table_2(shape, TOKENS, prompts=PROMPTS)),

@@ -66,7 +66,7 @@ def work_of(point: dict[str, Any]) -> Work:
         "ffn": lambda: cost.certified(shape, tokens, "ffn", prompts=prompts),
         "neuron": lambda: cost.certified(shape, tokens, "neuron", prompts=prompts),
         "every": lambda: cost.every_neuron(shape, tokens, prompts=prompts),
-        "rerun": lambda: cost.rerun(shape, tokens, 10 * prompts),
+        "rerun": lambda: cost.rerun(shape, tokens, 10 * prompts, plain=prompts),
         "table 2": lambda: cost.table_2(shape, tokens, prompts=prompts),
         "table 13": lambda: cost.table_13(shape, tokens, prompts=prompts),
     }

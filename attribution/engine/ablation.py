@@ -18,8 +18,9 @@ from torch import Tensor
 from attribution.engine.batching import each_batch, map_batches
 from attribution.engine.masks import AblationKind, Masks, ablation_kind, ablation_masks
 from attribution.engine.metrics import Outcome, measure_each
+from attribution.engine.progress import Progress
 from attribution.engine.questions import Question, encode_all
-from attribution.engine.trace import Edits, Filler, PlainRun, rerun
+from attribution.engine.trace import Edits, Filler, PlainRun, rerun, run_plainly
 from attribution.errors import BadInputError
 from attribution.models.anatomy import resolve
 from attribution.models.model import Model
@@ -36,9 +37,13 @@ __all__ = [
     "ablate",
     "ablated_logits",
     "measure_ablated",
+    "measure_variants",
     "outcomes",
     "reference_of",
 ]
+
+# Variants of a prompt, on average, from which on a plain run of it saves more than it costs.
+_WORTH_PLAIN = 3
 
 
 @dataclass(frozen=True)
@@ -353,6 +358,7 @@ def outcomes(
     *,
     reference: Reference | None = None,
     at_source: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[list[Outcome], list[int]]:
     """Rerun the model once per question with components replaced, and measure each answer.
 
@@ -362,14 +368,74 @@ def outcomes(
         variants: What to replace, one collection per question; an empty one is the plain model.
         reference: What to replace with, see :func:`attribution.engine.ablation.reference_of`; zero when ``None``.
         at_source: See :func:`ablate`.
+        progress: The bar.
 
     Returns:
         One outcome per question, and how many distinct coefficients were replaced in it.
     """
-    jobs = [(question, list(variant)) for question, variant in zip(questions, variants, strict=True)]
-    lengths = [len(question.ids) for question in questions]
-    found = map_batches(model, jobs, measure_ablated, reference, at_source, lengths=lengths)
-    return [outcome for outcome, _ in found], [distinct for _, distinct in found]
+    rows: dict[Question, list[int]] = {}
+    for row, question in enumerate(questions):
+        rows.setdefault(question, []).append(row)
+    items = [(question, [list(variants[row]) for row in own]) for question, own in rows.items()]
+    lengths = [len(question.ids) for question in rows]
+    measured = map_batches(model, items, _measure_each, reference, at_source, lengths=lengths, progress=progress)
+    found: dict[int, tuple[Outcome, int]] = {}
+    for own, results in zip(rows.values(), measured, strict=True):
+        found.update(zip(own, results, strict=True))
+    return [found[row][0] for row in range(len(questions))], [found[row][1] for row in range(len(questions))]
+
+
+def _measure_each(
+    model: Model,
+    items: Sequence[tuple[Question, Sequence[Collection[Component]]]],
+    reference: Reference | None,
+    at_source: bool,
+) -> list[tuple[tuple[Outcome, int], ...]]:
+    """Measure each question of a batch with each of its variants."""
+    questions = [question for question, _ in items]
+    jobs = [(row, variant) for row, (_, own) in enumerate(items) for variant in own]
+    # A plain run pays for itself where several reruns begin in it.
+    plain = None
+    if len(jobs) >= _WORTH_PLAIN * len(items) and not model.anatomy.spread:
+        plain = run_plainly(model, pad([question.ids for question in questions], device=model.device))
+    measured = iter(measure_variants(model, questions, jobs, reference, at_source, plain))
+    return [tuple(next(measured) for _ in own) for _, own in items]
+
+
+def measure_variants(
+    model: Model,
+    questions: Sequence[Question],
+    jobs: Sequence[tuple[int, Collection[Component]]],
+    reference: Reference | None,
+    at_source: bool,
+    plain: PlainRun | None,
+) -> list[tuple[Outcome, int]]:
+    """Rerun the questions of one batch, each with any number of variants, and measure each answer.
+
+    What begins in the same layer runs together, and the layers below it are not run again.
+
+    Args:
+        model: A loaded model, whose weights are here.
+        questions: The questions.
+        jobs: Which question, and what to replace in it.
+        reference: What to replace with; zero when ``None``.
+        at_source: See :func:`ablate`.
+        plain: A run of the questions without edits; reruns begin at the embedding when ``None``.
+
+    Returns:
+        For each job its outcome, and how many distinct coefficients were replaced.
+    """
+    last = model.anatomy.layers
+    order = sorted(range(len(jobs)), key=lambda job: min((record.layer for record in jobs[job][1]), default=last))
+    at_once = max(1, model.batch_tokens // max((len(question.ids) for question in questions), default=1))
+    found: dict[int, tuple[Outcome, int]] = {}
+    for start in range(0, len(order), at_once):
+        part = order[start : start + at_once]
+        rows = torch.tensor([jobs[job][0] for job in part], device=model.device)
+        asked = [(questions[jobs[job][0]], jobs[job][1]) for job in part]
+        begun = None if plain is None else (plain, rows)
+        found.update(zip(part, measure_ablated(model, asked, reference, at_source, begun), strict=True))
+    return [found[job] for job in range(len(jobs))]
 
 
 def measure_ablated(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
+from attribution.engine.progress import Progress
 from attribution.engine.questions import Question
 from attribution.errors import ModelError
 from attribution.models.model import Model
 from attribution.models.running import run_where_weights_are
 from attribution.prompts.tokens import TokenBatch, chunk_by_length, pad
 
-__all__ = ["Kept", "Progress", "SmallerBatchWarning", "batches_of", "each_batch", "map_batches"]
+__all__ = ["Kept", "SmallerBatchWarning", "batches_of", "each_batch", "map_batches"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,19 +23,6 @@ Result = TypeVar("Result")
 
 class SmallerBatchWarning(UserWarning):
     """Memory ran out, and the rest of this call runs in smaller batches."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A progress bar over items.
-
-    Attributes:
-        label: What is written before the bar.
-        shown: Whether it is shown; when ``None``, if standard error is a terminal or in a notebook.
-    """
-
-    label: str = ""
-    shown: bool | None = False
 
 
 class Kept(Protocol):
@@ -88,14 +74,11 @@ def map_batches(
         ModelError: If memory does not suffice for one item.
     """
     results: dict[int, Result] = {}
-    progress = progress or Progress()
-    # Only tqdm's own None tells a notebook from a log.
-    hidden = None if progress.shown is None else not progress.shown
-    with tqdm(total=len(items), desc=progress.label, unit="prompt", disable=hidden if items else True) as bar:
+    with (progress or Progress()).over(len(items), "prompt") as update:
         for rows, found in each_batch(model, items, work, *shared, lengths=lengths, kept=kept):
             new = dict(zip(rows, found, strict=True))
             results.update(new if kept is None else kept.keep(new))
-            bar.update(len(rows))
+            update(len(rows))
     return [results[row] for row in range(len(items))]
 
 

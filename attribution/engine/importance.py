@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attribution.engine.projection import before_softmax, pull_back
 from attribution.engine.trace import Activations
-from attribution.engine.vectors import VectorTable, sublayers_of
+from attribution.engine.vectors import VectorTable, largest_readout_of, sublayers_of
 from attribution.errors import BadInputError
 from attribution.models.anatomy import Anatomy, Readout
 from attribution.models.norms import frozen_scale
@@ -33,6 +33,7 @@ __all__ = [
     "first_order",
     "first_order_bound",
     "log_prob_increase",
+    "seen_together",
 ]
 
 
@@ -74,16 +75,24 @@ class Streams:
             attention.
         scale: s, the frozen scale, a scalar.
         readout: The final norm and unembedding.
+        logits: bs(x) in every sublayer, (sublayers, vocabulary), where it was projected together with other prompts'.
+        needed: The sublayers that are asked for; all when ``None``. What follows of the others is NaN.
     """
 
     states: Tensor
     scale: Tensor
     readout: Readout
+    logits: Tensor | None = None
+    needed: Tensor | None = None
 
     @cached_property
     def log_probs(self) -> Tensor:
         """Log p(t|x) of every token t, the log-softmax of bs(x) in every sublayer, (sublayers, vocabulary)."""
-        return before_softmax(self.states, self.scale, self.readout).log_softmax(-1)
+        if self.needed is None:
+            logits = before_softmax(self.states, self.scale, self.readout) if self.logits is None else self.logits
+            return logits.log_softmax(-1)
+        some = before_softmax(self.states[self.needed], self.scale, self.readout).log_softmax(-1)
+        return some.new_full((len(self.states), some.shape[1]), float("nan")).index_copy_(0, self.needed, some)
 
     @cached_property
     def probs(self) -> Tensor:
@@ -155,6 +164,14 @@ class Candidates:
             effects={name: effect[index] for name, effect in self.effects.items()},
         )
 
+    def afresh(self, needed: Tensor | None = None) -> Candidates:
+        """Return the same candidates without what was derived from their states: that of many prompts fills memory.
+
+        Args:
+            needed: The sublayers whose states are asked for; all when ``None``.
+        """
+        return replace(self, streams=replace(self.streams, needed=needed))
+
     @property
     def scale(self) -> Tensor:
         """s, the frozen scale of the prompt, a scalar."""
@@ -196,16 +213,17 @@ class Candidates:
     @cached_property
     def update(self) -> Tensor:
         """bs(v) of what each candidate writes, (n, vocabulary)."""
-        return self.table.unscaled_logits(self.sublayer_index, self.row).mul_((self.coefficient / self.scale)[:, None])
+        logits = self.table.unscaled_logits(self.sublayer_index, self.row)
+        return logits.mul_((self.coefficient / self.scale)[:, None])
 
     @cached_property
-    def _vector(self) -> Tensor:
+    def vector(self) -> Tensor:
         """Place of each candidate's vector among the rows of all sublayers, (n,)."""
         return self.table.offsets[self.sublayer_index] + self.row
 
     def of_vector(self, per_vector: Tensor) -> Tensor:
         """Return each candidate's entry of a table over the rows of all sublayers, (n,)."""
-        return per_vector[self._vector]
+        return per_vector[self.vector]
 
     @cached_property
     def reach(self) -> Tensor:
@@ -262,6 +280,16 @@ def first_order_bound(candidates: Candidates, log_probs: Tensor) -> Tensor:
     terms = sum(size**0.5 for size in table.readout.unembedding.shape)
     margin: Tensor = 4 * terms * torch.finfo(dtype).eps * mass.expand(len(table.vectors))[candidates.sublayer_index]
     return value + margin * candidates.reach
+
+
+def seen_together(candidates: Sequence[Candidates]) -> list[Candidates]:
+    """Return candidates of several prompts whose states are projected in one product: it reads the unembedding once."""
+    states = torch.stack([each.streams.states for each in candidates])
+    scales = torch.stack([each.scale for each in candidates])
+    logits = before_softmax(states, scales[:, None], candidates[0].streams.readout)
+    return [
+        replace(each, streams=replace(each.streams, logits=own)) for each, own in zip(candidates, logits, strict=True)
+    ]
 
 
 def candidates_of(
@@ -344,11 +372,12 @@ def _vectors_of_prompt(unit: Unit, prompt: TracedPrompt, coefficients: Mapping[S
         coefficients: Of its neurons, see :func:`_coefficients`.
     """
     anatomy, sublayers = prompt.anatomy, sublayers_of(unit, prompt.anatomy)
+    largest = anatomy.once(largest_readout_of)
     if unit == "layer":
         # The bias of an output projection belongs to the layer, though to no neuron and no head of it.
         outputs = {"attention": prompt.activations.attention_output, "ffn": prompt.activations.ffn_output}
         vectors = tuple(outputs[each.kind][each.layer, prompt.row][None] for each in sublayers)
-        return VectorTable(unit, sublayers, vectors, (None,) * len(sublayers), anatomy.readout, 1)
+        return VectorTable(unit, sublayers, vectors, (None,) * len(sublayers), anatomy.readout, 1, largest)
     parts = coefficients["attention"]
     if unit == "head":
         parts = parts.sum(-1, keepdim=True)
@@ -357,4 +386,4 @@ def _vectors_of_prompt(unit: Unit, prompt: TracedPrompt, coefficients: Mapping[S
         per_head = own.vectors.double().unflatten(0, (anatomy.heads, anatomy.head_dim))
         written.append(torch.einsum("hdp,hdw->hpw", part, per_head).flatten(0, 1))
     post_weights = tuple(own.post_weight for own in anatomy.attention)
-    return VectorTable(unit, sublayers, tuple(written), post_weights, anatomy.readout, parts.shape[-1])
+    return VectorTable(unit, sublayers, tuple(written), post_weights, anatomy.readout, parts.shape[-1], largest)

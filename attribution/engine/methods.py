@@ -22,6 +22,7 @@ __all__ = [
     "METHODS",
     "Method",
     "Passes",
+    "Rising",
     "Score",
     "bound_candidates",
     "method_named",
@@ -53,6 +54,19 @@ class Passes:
 
 
 @dataclass(frozen=True)
+class Rising:
+    """A score that rises with the importance over some distribution, so that whatever brackets one brackets the other.
+
+    Attributes:
+        score: Increases of log p(w), (n,), and log p(w) itself over that distribution, to scores, (n,).
+        uniform: Whether the distribution is the uniform one; that of the candidate's stream if not.
+    """
+
+    score: Callable[[Tensor, Tensor], Tensor]
+    uniform: bool = False
+
+
+@dataclass(frozen=True)
 class Method:
     """One attribution method.
 
@@ -66,7 +80,10 @@ class Method:
         effects: The kind of backward pass whose result it finds in ``candidates.effects``, if any.
         bound: Candidates to upper bounds on their scores, (n,), much cheaper than the scores; lets the top k be
             found without scoring all. ``None`` if there is none.
+        floor: Candidates to lower bounds on their scores, (n,): what is below the k best of these need not be scored.
         first_order: Candidates to the first-order terms of their scores, (n,), for the ranking to show beside them.
+        rising: What the score makes of an importance, if that is all it depends on; lets all candidates of many prompts
+            be scored in one sweep over the vectors.
     """
 
     name: str
@@ -78,6 +95,8 @@ class Method:
     effects: str | None = None
     bound: Score | None = None
     first_order: Score | None = None
+    rising: Rising | None = None
+    floor: Score | None = None
 
     @property
     def built_in(self) -> bool:
@@ -99,6 +118,8 @@ def register_method(
     effects: str | None = None,
     bound: Score | None = None,
     first_order: Score | None = None,
+    rising: Rising | None = None,
+    floor: Score | None = None,
 ) -> Callable[[Score], Score]:
     """Register the decorated function as a method, so that it can be named everywhere and joins the claims.
 
@@ -111,6 +132,8 @@ def register_method(
         effects: A kind of :func:`attribution.engine.gradients.read_effects`, if the scores need it.
         bound: Optional upper bound on the scores, never below them, rounding included.
         first_order: Optional first-order term of the scores.
+        rising: Optional: what the score makes of an importance, if that is all it depends on.
+        floor: Optional lower bound on the scores, never above them, rounding included.
 
     Raises:
         BadInputError: If the name is taken, a unit is unknown, or effects are asked for of what is no neuron.
@@ -127,7 +150,9 @@ def register_method(
     def register(score: Score) -> Score:
         if name in METHODS:
             raise BadInputError(f"method {name!r} is registered already ({METHODS[name].source}); choose another name.")
-        METHODS[name] = Method(name, score, units, source, forward, backward, effects, bound, first_order)
+        METHODS[name] = Method(
+            name, score, units, source, forward, backward, effects, bound, first_order, rising, floor
+        )
         return score
 
     return register
@@ -193,6 +218,7 @@ def _log_prob_increase_first_order(candidates: Candidates) -> Tensor:
     source="Table 2 a), Eq. 13",
     bound=_log_prob_increase_bound,
     first_order=_log_prob_increase_first_order,
+    rising=Rising(lambda increase, _: increase),
 )
 def _log_prob_increase(candidates: Candidates) -> Tensor:
     """Return log p(w|x+mv) - log p(w|x), in nats."""
@@ -205,15 +231,16 @@ def _log_prob_bound(candidates: Candidates) -> Tensor:
     return first_order_bound(candidates, uniform) + uniform[0, 0]
 
 
-@register_method("log_prob", unit=UNITS, source="Table 2 b)", bound=_log_prob_bound)
+@register_method(
+    "log_prob", unit=UNITS, source="Table 2 b)", bound=_log_prob_bound, rising=Rising(torch.add, uniform=True)
+)
 def _log_prob(candidates: Candidates) -> Tensor:
     """Return log p(w|mv), in nats, under the frozen scale."""
     return candidates.update.log_softmax(-1)[:, candidates.answer]
 
 
-def _as_probability(candidates: Candidates, increase: Tensor) -> Tensor:
+def _as_probability(increase: Tensor, log_prob: Tensor) -> Tensor:
     """p(w|x) * (exp(increase) - 1): an increase of log-probability, as one of probability."""
-    log_prob = candidates.log_probs[candidates.sublayer_index, candidates.answer]
     # The product keeps the digits of a small increase; the difference holds where p(w|x) underflows. No probability
     # exceeds 1, which a bound on the increase may forget.
     small = log_prob.exp() * torch.expm1(increase.clamp(max=1))
@@ -221,14 +248,24 @@ def _as_probability(candidates: Candidates, increase: Tensor) -> Tensor:
     return torch.where(increase < 1, small, large)
 
 
+def _log_prob_of_answer(candidates: Candidates) -> Tensor:
+    return candidates.log_probs[candidates.sublayer_index, candidates.answer]
+
+
 def _prob_increase_bound(candidates: Candidates) -> Tensor:
-    return _as_probability(candidates, _log_prob_increase_bound(candidates))
+    return _as_probability(_log_prob_increase_bound(candidates), _log_prob_of_answer(candidates))
 
 
-@register_method("prob_increase", unit=UNITS, source="Table 2 c)", bound=_prob_increase_bound)
+@register_method(
+    "prob_increase",
+    unit=UNITS,
+    source="Table 2 c)",
+    bound=_prob_increase_bound,
+    rising=Rising(_as_probability),
+)
 def _prob_increase(candidates: Candidates) -> Tensor:
     """p(w|x+mv) - p(w|x)."""
-    return _as_probability(candidates, _log_prob_increase(candidates))
+    return _as_probability(_log_prob_increase(candidates), _log_prob_of_answer(candidates))
 
 
 # What takes no projection is its own bound: without one, a method is scored in blocks that a projection would fit.
@@ -252,7 +289,11 @@ def _reciprocal_rank_bound(candidates: Candidates) -> Tensor:
     return candidates.of_vector(candidates.table.reciprocal_rank_bounds(candidates.answer))
 
 
-@register_method("reciprocal_rank", source="Table 2 f)", bound=_reciprocal_rank_bound)
+def _reciprocal_rank_floor(candidates: Candidates) -> Tensor:
+    return candidates.of_vector(candidates.table.reciprocal_rank_floors(candidates.answer))
+
+
+@register_method("reciprocal_rank", source="Table 2 f)", bound=_reciprocal_rank_bound, floor=_reciprocal_rank_floor)
 def _reciprocal_rank(candidates: Candidates) -> Tensor:
     """1 / rank(w) in bs(v), whatever the sign of m. Many neurons share rank 1: ties fall by (layer, index)."""
     return candidates.table.reciprocal_ranks(candidates.sublayer_index, candidates.row, candidates.answer)
@@ -270,7 +311,16 @@ def _coefficient_by_rank_bound(candidates: Candidates) -> Tensor:
     return _coefficient(candidates) * _reciprocal_rank_bound(candidates)
 
 
-@register_method("coefficient_by_rank", source="Table 2 h)", bound=_coefficient_by_rank_bound)
+def _coefficient_by_rank_floor(candidates: Candidates) -> Tensor:
+    return _coefficient(candidates) * _reciprocal_rank_floor(candidates)
+
+
+@register_method(
+    "coefficient_by_rank",
+    source="Table 2 h)",
+    bound=_coefficient_by_rank_bound,
+    floor=_coefficient_by_rank_floor,
+)
 def _coefficient_by_rank(candidates: Candidates) -> Tensor:
     """|m| / rank(w) in bs(v), whatever the sign of m."""
     return _coefficient(candidates) * _reciprocal_rank(candidates)

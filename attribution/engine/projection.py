@@ -24,7 +24,15 @@ from torch import Tensor
 from attribution.models.anatomy import Readout
 from attribution.models.norms import centre, frozen_scale
 
-__all__ = ["before_softmax", "direction_of", "frozen_scale", "largest_row_norm", "model_logits", "pull_back"]
+__all__ = [
+    "before_softmax",
+    "behind_norm",
+    "direction_of",
+    "frozen_scale",
+    "largest_row_norm",
+    "model_logits",
+    "pull_back",
+]
 
 # Rows of the unembedding that are converted at a time; small enough to stay in the processor's cache.
 _CHUNK_ROWS = 1024
@@ -40,11 +48,22 @@ def _chunks(unembedding: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Te
         yield part, unembedding[part].to(dtype)
 
 
-def _weighted(vectors: Tensor, scale: Tensor, readout: Readout) -> Tensor:
+def weighted(vectors: Tensor, scale: Tensor, readout: Readout) -> Tensor:
     """Multiply by gamma, divide by the frozen scale, and apply the family's factor."""
     if readout.norm.weight is not None:
         vectors = vectors * readout.norm.weight.to(vectors.dtype)
     return vectors * (readout.logit_scale / scale)[..., None]
+
+
+def behind_norm(vectors: Tensor, scale: Tensor, readout: Readout) -> Tensor:
+    """Return vectors as the frozen final norm leaves them, (..., width): what the unembedding multiplies.
+
+    Args:
+        vectors: (..., width).
+        scale: s, broadcastable to the leading axes of ``vectors``.
+        readout: The final norm, and the family's factor on the logits.
+    """
+    return weighted(centre(vectors, readout.norm), scale, readout)
 
 
 def before_softmax(vectors: Tensor, scale: Tensor, readout: Readout) -> Tensor:
@@ -58,7 +77,7 @@ def before_softmax(vectors: Tensor, scale: Tensor, readout: Readout) -> Tensor:
     Returns:
         (..., vocabulary), in nats up to a constant.
     """
-    normed = _weighted(centre(vectors, readout.norm), scale, readout)
+    normed = behind_norm(vectors, scale, readout)
     if normed.dtype == readout.unembedding.dtype:
         return normed @ readout.unembedding.T
     flat = normed.reshape(-1, normed.shape[-1])
@@ -108,13 +127,13 @@ def pull_back(covectors: Tensor, scale: Tensor, readout: Readout) -> Tensor:
     pulled = covectors.new_zeros(*covectors.shape[:-1], readout.unembedding.shape[1])
     for part, rows in _chunks(readout.unembedding, covectors.dtype):
         pulled = pulled + covectors[..., part] @ rows
-    return centre(_weighted(pulled, scale, readout), readout.norm)
+    return centre(weighted(pulled, scale, readout), readout.norm)
 
 
 def direction_of(readout: Readout, tokens: Tensor | int) -> Tensor:
     """Return the direction u of tokens, float64, (..., width): <u, v> = bs(v)_t for a frozen scale of 1."""
     rows = readout.unembedding[tokens].double()
-    return centre(_weighted(rows, rows.new_ones(()), readout), readout.norm)
+    return centre(weighted(rows, rows.new_ones(()), readout), readout.norm)
 
 
 def largest_row_norm(readout: Readout) -> Tensor:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from attribution.engine.batching import Progress, map_batches
+from attribution.engine.all_scores import worth_brackets
+from attribution.engine.batching import batches_of, map_batches
 from attribution.engine.gradients import Effects, read_effects
-from attribution.engine.importance import Candidates, TracedPrompt, candidates_of
+from attribution.engine.importance import Candidates, TracedPrompt, candidates_of, seen_together
 from attribution.engine.methods import Method, method_named, score_candidates
+from attribution.engine.progress import Progress
 from attribution.engine.questions import Question, prompts_with_answers, question_of
-from attribution.engine.top_k import Certificate, top_k
+from attribution.engine.search import Together
+from attribution.engine.top_k import Certificate, TopK, top_k_together
 from attribution.engine.trace import read_activations
 from attribution.engine.vectors import VectorTable, vector_table
 from attribution.models.model import Model
@@ -27,7 +30,19 @@ from attribution.records import SUBLAYERS, Component, FFNNeuron, SublayerKind, U
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Ranking", "Search", "all_candidates", "attribute", "rank_all", "rank_batch", "scores_of"]
+# Probabilities of states that are held at a time, of several prompts: 2**26 float32 numbers are 256 MiB.
+_HELD_NUMBERS = 2**26
+
+__all__ = [
+    "Ranking",
+    "Search",
+    "all_candidates",
+    "attribute",
+    "candidates_of_each",
+    "rank_all",
+    "rank_batch",
+    "scores_of",
+]
 
 NAMES: dict[Unit, str] = {
     "ffn": "ffn neurons",
@@ -172,6 +187,21 @@ def all_candidates(
     return found
 
 
+def candidates_of_each(
+    model: Model, questions: Sequence[Question], wanted: Mapping[Unit, Sequence[Method]], search: Search
+) -> list[dict[Unit, Candidates]]:
+    """Trace prompts batch by batch, here, and return each one's candidates by unit, see :func:`all_candidates`.
+
+    They are small: what is derived from the states of a prompt is made when it is asked for.
+    """
+    found: dict[int, dict[Unit, Candidates]] = {}
+    for rows, batch in batches_of(model, questions):
+        part = [questions[row] for row in rows]
+        candidates = all_candidates(model, part, batch, wanted, seed=search.seed, steps=search.steps)
+        found.update(zip(rows, candidates, strict=True))
+    return [found[row] for row in range(len(questions))]
+
+
 def _by_sublayer(effects: Effects, table: VectorTable, prompt: TracedPrompt) -> list[Tensor]:
     """Return what one backward pass says of each sublayer's neurons for one prompt."""
     found, row, length = [], prompt.row, prompt.length
@@ -235,28 +265,52 @@ def rank_batch(
     for (_, unit), method in methods.items():
         by_unit.setdefault(unit, []).append(method)
     candidates = all_candidates(model, questions, batch, by_unit, seed=search.seed, steps=search.steps)
-    # 2. The best of each prompt, by each method and unit.
-    found: list[dict[str, dict[Unit, Ranking]]] = []
-    for question, of_prompt in zip(questions, candidates, strict=True):
-        tokens = tuple(model.tokenizer.decode([token]) for token in question.ids)
-        rankings: dict[str, dict[Unit, Ranking]] = {name: {} for name in wanted}
+    # 2. The best of each prompt, by each method and unit; prompts that fit are seen through the unembedding together.
+    found: list[dict[str, dict[Unit, Ranking]]] = [{name: {} for name in wanted} for _ in questions]
+    size = _prompts_together(model, candidates[0]) if candidates else 1
+    for start in range(0, len(questions), size):
+        part = slice(start, start + size)
+        seen = {unit: _seen([each[unit] for each in candidates[part]], own) for unit, own in by_unit.items()}
+        together = {unit: Together(own) for unit, own in seen.items()}
         for (name, unit), method in methods.items():
-            best = top_k(of_prompt[unit], method, wanted[name][unit], with_first_order=search.with_first_order)
-            terms = best.first_order
-            rankings[name][unit] = Ranking(
-                prompt=question.text,
-                answer=question.answer,
-                answer_id=question.answer_id,
-                unit=unit,
-                method=name,
-                neurons=of_prompt[unit].records(best.indices),
-                scores=best.scores.cpu(),
-                exact=best.certificate,
-                tokens=tokens,
-                first_order=None if terms is None else terms.cpu(),
+            best = top_k_together(
+                seen[unit],
+                method,
+                wanted[name][unit],
+                together=together[unit],
+                with_first_order=search.with_first_order,
             )
-        found.append(rankings)
+            for question, own, chosen, into in zip(questions[part], seen[unit], best, found[part], strict=True):
+                into[name][unit] = _ranking(model, question, own, chosen, name, unit)
     return found
+
+
+def _seen(candidates: Sequence[Candidates], methods: Sequence[Method]) -> Sequence[Candidates]:
+    """Project the states of several prompts in one product, if any method's scores in float64 follow from them."""
+    projected = any(each.rising is not None and not each.rising.uniform for each in methods)
+    return seen_together(candidates) if projected and not worth_brackets(candidates[0].table) else candidates
+
+
+def _prompts_together(model: Model, one: Mapping[Unit, Candidates]) -> int:
+    """Return of how many prompts the distributions of all sublayers are held at a time."""
+    states = sum(len(candidates.table.sublayers) for candidates in one.values())
+    return max(1, _HELD_NUMBERS // (states * len(model.anatomy.readout.unembedding)))
+
+
+def _ranking(model: Model, question: Question, candidates: Candidates, best: TopK, method: str, unit: Unit) -> Ranking:
+    terms = best.first_order
+    return Ranking(
+        prompt=question.text,
+        answer=question.answer,
+        answer_id=question.answer_id,
+        unit=unit,
+        method=method,
+        neurons=candidates.records(best.indices),
+        scores=best.scores.cpu(),
+        exact=best.certificate,
+        tokens=tuple(model.tokenizer.decode([token]) for token in question.ids),
+        first_order=None if terms is None else terms.cpu(),
+    )
 
 
 def _scores_of(model: Model, question: Question, neurons: Sequence[Component]) -> Tensor:

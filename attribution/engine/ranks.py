@@ -20,13 +20,15 @@ from torch import Tensor
 from attribution.engine.projection import before_softmax, direction_of
 from attribution.models.anatomy import Readout
 
-__all__ = ["Levels", "bracketed", "counted", "kept_ranks", "levels_of"]
+__all__ = ["Levels", "bracketed", "counted", "kept_ranks", "levels_of", "ranks_of"]
 
 # Every rank up to _FIRST is kept, then _PER_OCTAVE ranks between each power of two and the next, so that the ends of a
 # bracket differ by about a fifth.
 _FIRST, _PER_OCTAVE = 8, 4
 # Logits, vectors x vocabulary, that are held at a time: 2**24 float32 numbers are 64 MiB.
 _HELD_NUMBERS = 2**24
+# Beyond this part of the tokens it is faster to project all of them in float64 than to take each by itself.
+_NEAR_SHARE = 64
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,18 @@ def kept_ranks(vocabulary: int) -> list[int]:
     return sorted({rank for rank in {*range(1, _FIRST + 1), *later} if rank < vocabulary} | {vocabulary})
 
 
-def levels_of(vectors: Tensor, readout: Readout) -> Levels:
-    """Return the logits at :func:`kept_ranks` of vectors, (n, width), in their dtype."""
-    ranks = torch.tensor(kept_ranks(len(readout.unembedding)), device=vectors.device)
+def ranks_of(readout: Readout) -> Tensor:
+    """Return :func:`kept_ranks` of a vocabulary, (m,)."""
+    return torch.tensor(kept_ranks(len(readout.unembedding)), device=readout.unembedding.device)
+
+
+def levels_of(vectors: Tensor, readout: Readout) -> Tensor:
+    """Return the logits of vectors, (n, width), at :func:`ranks_of` a vocabulary, (n, m), in the vectors' dtype."""
+    ranks = ranks_of(readout)
     one = torch.ones((), dtype=vectors.dtype, device=vectors.device)
     rows = max(1, _HELD_NUMBERS // len(readout.unembedding))
     pieces = [_falling(before_softmax(part, one, readout))[:, ranks - 1] for part in vectors.split(rows)]
-    return Levels(ranks, torch.cat(pieces))
+    return torch.cat(pieces)
 
 
 def _falling(logits: Tensor) -> Tensor:
@@ -107,11 +114,33 @@ def _counted(vectors: Tensor, answer: int, readout: Readout, dtype: torch.dtype,
     one = torch.ones((), dtype=dtype, device=vectors.device)
     logits = before_softmax(vectors.to(dtype), one, readout)
     own = logits[:, answer, None]
-    ahead = (logits > own + reach[:, None]).sum(-1)
+    ranks = 1 + (logits > own + reach[:, None]).sum(-1)
     # What is nearer is told apart in float64. The answer itself is among it, so that equal tokens stay equal.
-    row, token = ((logits - own).abs() <= reach[:, None]).nonzero(as_tuple=True)
-    near = (vectors[row] * direction_of(readout, token)).sum(-1)
-    answers = near.new_empty(len(vectors))
-    itself = token == answer
-    answers[row[itself]] = near[itself]
-    return 1 + ahead.index_add(0, row, (near > answers[row]).to(ahead.dtype))
+    near = (logits - own).abs() <= reach[:, None]
+    del logits
+    # Of a vector that hardly moves a logit every token is near: it is projected in float64 as a whole.
+    flat = near.sum(-1) > near.shape[1] // _NEAR_SHARE
+    if flat.any():
+        ranks[flat] = _counted_in_full(vectors[flat], answer, readout)
+        near[flat] = False
+    row, token = near.nonzero(as_tuple=True)
+    own64 = _along(vectors, torch.full((len(vectors),), answer, device=vectors.device), readout)
+    for part in torch.arange(len(row), device=row.device).split(max(1, _HELD_NUMBERS // vectors.shape[1])):
+        ahead = _along(vectors[row[part]], token[part], readout) > own64[row[part]]
+        ranks.index_add_(0, row[part], ahead.to(ranks.dtype))
+    return ranks
+
+
+def _along(vectors: Tensor, tokens: Tensor, readout: Readout) -> Tensor:
+    """Return the logit of one token in each vector, (n,), float64."""
+    return (vectors * direction_of(readout, tokens)).sum(-1)
+
+
+def _counted_in_full(vectors: Tensor, answer: int, readout: Readout) -> Tensor:
+    """Return the rank of the answer in each vector, (n,), by all its logits in float64."""
+    one = torch.ones((), dtype=vectors.dtype, device=vectors.device)
+    rows = max(1, _HELD_NUMBERS // len(readout.unembedding))
+    # Equal tokens need not come out equal of one product.
+    others = (readout.unembedding != readout.unembedding[answer]).any(-1)
+    found = [before_softmax(part, one, readout) for part in vectors.split(rows)]
+    return 1 + torch.cat([(others & (logits > logits[:, answer, None])).sum(-1) for logits in found])

@@ -5,22 +5,28 @@ Ties fall by the order of records: by layer, attention before FFN, then (index) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from attribution.engine.all_scores import (
+    LARGEST_ERROR,
+    AllScores,
+    block_rows,
+    descending,
+    score,
+    score_all,
+    worth_brackets,
+)
 from attribution.engine.importance import Candidates
-from attribution.engine.methods import Method, bound_candidates, score_candidates
+from attribution.engine.methods import Method, bound_candidates
+from attribution.engine.search import MORE, ORDERED, Together, least_tied
 from attribution.errors import BadInputError
 
-__all__ = ["Certificate", "TopK", "top_k"]
-
-# Numbers in one block of updates, candidates x vocabulary: 2**23 float64 numbers are 64 MiB. Each block reads the whole
-# unembedding, except where logits are kept: there a block does better that fits a processor's cache.
-_BLOCK_NUMBERS = 2**23
-_KEPT_BLOCK_NUMBERS = 2**18
+__all__ = ["Bounds", "Certificate", "TopK", "bounds_of", "searched_together", "top_k", "top_k_together"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,15 @@ class Certificate:
             scored, which holds a margin for float32 rounding; infinite if all were scored. None of those left out can
             be in the top k while this exceeds ``tolerance``.
         tolerance: How far float64 rounding can move an exact score.
+        error: How far a score that is returned can be off besides. Where all are asked for, those that need no float64
+            to be put in order are computed in float32.
     """
 
     scored: int
     total: int
     slack: float
     tolerance: float
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,41 +68,35 @@ class TopK:
     first_order: Tensor | None
 
 
-def _descending(scores: Tensor, tolerance: float) -> Tensor:
-    """Return the order of scores, largest first.
+@dataclass(frozen=True)
+class Bounds:
+    """Upper bounds on all scores, and where a search begins.
 
-    Scores that rounding cannot tell apart are tied, and fall by index: the last bits of a score depend on which
-    others are computed beside it.
+    Attributes:
+        values: The bounds, (n,).
+        order: The candidates of the largest, best first: a search seldom goes far, and sorting every bound would take
+            longer than the rest of it.
+        first: How many of them are scored first.
     """
-    falling, order = torch.sort(scores, descending=True, stable=True)
-    steps = falling[:-1] - falling[1:]
-    # Equal scores fall by index already.
-    if not ((steps > 0) & (steps <= tolerance)).any():
-        return order
-    group = torch.zeros_like(order)
-    group[1:] = (steps > tolerance).cumsum(0)
-    by_index = torch.argsort(order, stable=True)
-    return order[by_index[torch.argsort(group[by_index], stable=True)]]
+
+    values: Tensor
+    order: Tensor
+    first: int
 
 
-def _least_tied(scores: Tensor, k: int, tolerance: float) -> float:
-    """Return the k-th largest score, or the least that is tied with it by way of others."""
-    falling = scores.sort(descending=True).values
-    apart = (falling[k - 1 : -1] - falling[k:] > tolerance).nonzero()
-    return float(falling[k - 1 + int(apart[0])] if len(apart) else falling[-1])
-
-
-def _block_rows(candidates: Candidates) -> int:
-    numbers = _KEPT_BLOCK_NUMBERS if candidates.table.keeps_logits else _BLOCK_NUMBERS
-    return max(1, numbers // candidates.table.readout.unembedding.shape[0])
-
-
-def _score(
-    method: Method, candidates: Candidates, block: Tensor, *, with_first_order: bool
-) -> tuple[Tensor, Tensor | None]:
-    part = candidates.take(block)
-    first_order = method.first_order(part) if with_first_order and method.first_order is not None else None
-    return score_candidates(method, part), first_order
+def bounds_of(candidates: Candidates, method: Method, k: int | None) -> Bounds | None:
+    """Return the bounds that a search for the k best goes by; ``None`` where all are scored."""
+    if method.bound is None or k is None or k >= len(candidates):
+        return None
+    values = bound_candidates(method, candidates)
+    # The first block already holds the top k in most prompts.
+    first = k + MORE
+    if method.floor is not None:
+        # No score among the k best is below the k-th floor.
+        least = method.floor(candidates).topk(k).values[-1]
+        first = max(first, int((values >= least - candidates.tolerance).sum()))
+    order = values.topk(min(len(candidates), max(first, ORDERED * (k + MORE)))).indices
+    return Bounds(values, order, first)
 
 
 def top_k(candidates: Candidates, method: Method, k: int | None, *, with_first_order: bool = False) -> TopK:
@@ -111,39 +114,82 @@ def top_k(candidates: Candidates, method: Method, k: int | None, *, with_first_o
     Raises:
         BadInputError: If k is not between 1 and the number of candidates, or the method returns nonsense.
     """
-    total = len(candidates)
-    if k is not None and not (isinstance(k, int | np.integer) and 1 <= k <= total):
-        raise BadInputError(
-            f"k = {k!r} is not between 1 and {total}, the number of candidates of unit {candidates.table.unit!r} "
-            "here; choose a whole number in that range, or None for all."
-        )
-    everything = torch.arange(total, device=candidates.index.device)
-    # A number out of a frame may be NumPy's.
-    k = total if k is None else int(k)
-    if method.bound is None or k == total:
-        # Only a method whose scores are projected is scored to no more than the rounding of a projection.
-        tolerance = 0.0 if method.bound is None else candidates.tolerance
-        scored = [
-            _score(method, candidates, block, with_first_order=with_first_order)
-            for block in everything.split(_block_rows(candidates))
+    (best,) = top_k_together([candidates], method, k, with_first_order=with_first_order)
+    return best
+
+
+def searched_together(candidates: Sequence[Candidates], method: Method, k: int | None) -> bool:
+    """Say whether the k best of several prompts are found by :class:`attribution.engine.search.Together`."""
+    table = candidates[0].table
+    return (
+        k is not None
+        and method.rising is not None
+        and worth_brackets(table)
+        and all(each.table is table and k < len(each) for each in candidates)
+    )
+
+
+def top_k_together(
+    candidates: Sequence[Candidates],
+    method: Method,
+    k: int | None,
+    *,
+    together: Together | None = None,
+    with_first_order: bool = False,
+) -> list[TopK]:
+    """Return the k best candidates of each of several prompts, as :func:`top_k` does.
+
+    Args:
+        candidates: Those of each prompt, of one unit.
+        method: The method.
+        k: How many; all of them when ``None``.
+        together: The same candidates, if other methods search them as well.
+        with_first_order: Return the first-order terms of the scores as well, of methods that have them.
+    """
+    numbers = [_number(each, k) for each in candidates]
+    if k is not None and method.rising is not None and searched_together(candidates, method, k):
+        searched = (together or Together(candidates)).best(method, method.rising, int(k))
+        return [
+            TopK(
+                each.indices,
+                each.scores,
+                Certificate(each.scored, len(own), each.slack, own.tolerance, each.error),
+                each.first_order if with_first_order and method.first_order is not None else None,
+            )
+            for each, own in zip(searched, candidates, strict=True)
         ]
-        return _selected(everything, scored, k, tolerance, float("inf"), total)
-    bounds, tolerance = bound_candidates(method, candidates), candidates.tolerance
-    # A search seldom goes far: sorting every bound would take longer than the rest of it.
-    order = bounds.topk(min(total, 8 * (k + 6))).indices
+    if method.floor is not None:
+        candidates[0].table.know_ranks_of([each.answer for each in candidates])
+    bounds = [bounds_of(each, method, k) for each in candidates]
+    if all(each is None for each in bounds) or (method.rising is not None and worth_brackets(candidates[0].table)):
+        scored = score_all(candidates, method, with_first_order=with_first_order)
+        return [_best_of_all(each, number) for each, number in zip(scored, numbers, strict=True)]
+    return [
+        _searched(each, method, number, own, with_first_order=with_first_order)
+        for each, number, own in zip(candidates, numbers, bounds, strict=True)
+    ]
+
+
+def _searched(candidates: Candidates, method: Method, k: int, bounds: Bounds | None, *, with_first_order: bool) -> TopK:
+    """Return the k best of one prompt, scored in float64."""
+    if bounds is None:
+        (scores,) = score_all([candidates], method, with_first_order=with_first_order)
+        return _best_of_all(scores, k)
+    total = len(candidates)
+    values, order, tolerance = bounds.values, bounds.order, candidates.tolerance
     blocks: list[tuple[Tensor, Tensor | None]] = []
-    # The first block already holds the top k in most prompts; doubling keeps the number of blocks small.
-    done, size, slack = 0, min(k + 6, _block_rows(candidates)), float("-inf")
+    # Doubling keeps the number of blocks small.
+    done, size, slack = 0, bounds.first, float("-inf")
     while done < total and slack <= tolerance:
         if done + size >= len(order):
-            left = bounds.scatter(0, order, float("-inf")).argsort(descending=True, stable=True)
+            left = values.scatter(0, order, float("-inf")).argsort(descending=True, stable=True)
             order = torch.cat([order, left[: total - len(order)]])
-        block = order[done : done + size]
+        block = order[done : done + min(size, block_rows(candidates))]
         if method.bound is method.score and method.first_order is None:
-            exact, first_order = bounds[block], None
+            exact, first_order = values[block], None
         else:
-            exact, first_order = _score(method, candidates, block, with_first_order=with_first_order)
-        excess = exact - bounds[block]
+            exact, first_order = score(method, candidates, block, with_first_order=with_first_order)
+        excess = exact - values[block]
         if (excess > tolerance).any():
             worst = candidates.records(block[excess.argmax()][None])[0]
             raise BadInputError(
@@ -151,13 +197,34 @@ def top_k(candidates: Candidates, method: Method, k: int | None, *, with_first_o
                 "that no score exceeds, or none."
             )
         blocks.append((exact, first_order))
-        done, size = done + len(block), min(2 * size, _block_rows(candidates))
+        done, size = done + len(block), 2 * size
         if done == total:
             slack = float("inf")
         elif done >= k:
-            scores = torch.cat([each for each, _ in blocks])
-            slack = _least_tied(scores, k, tolerance) - float(bounds[order[done]])
+            slack = least_tied(torch.cat([each for each, _ in blocks]), k, tolerance) - float(values[order[done]])
     return _selected(order[:done], blocks, k, tolerance, slack, total)
+
+
+def _number(candidates: Candidates, k: int | None) -> int:
+    """Return how many are wanted."""
+    total = len(candidates)
+    if k is not None and not (isinstance(k, int | np.integer) and 1 <= k <= total):
+        raise BadInputError(
+            f"k = {k!r} is not between 1 and {total}, the number of candidates of unit {candidates.table.unit!r} "
+            "here; choose a whole number in that range, or None for all."
+        )
+    # A number out of a frame may be NumPy's.
+    return total if k is None else int(k)
+
+
+def _best_of_all(scores: AllScores, k: int) -> TopK:
+    """Return the k best where all candidates are scored."""
+    best = (scores.order() if k == len(scores.values) else scores.at(range(k)))[:k]
+    scores.close(best[scores.errors[best] > LARGEST_ERROR])
+    error = float(scores.errors[best].max()) if len(best) else 0.0
+    terms = None if scores.first_order is None else scores.first_order[best]
+    certificate = Certificate(len(scores.values), len(scores.values), float("inf"), scores.tolerance, error)
+    return TopK(best, scores.values[best], certificate, terms)
 
 
 def _selected(
@@ -172,7 +239,7 @@ def _selected(
     # Back in order of records, so that ties fall by it.
     indices, back = indices.sort()
     scores = torch.cat([scores for scores, _ in blocks])[back]
-    best = _descending(scores, tolerance)[:k]
+    best = descending(scores, tolerance)[:k]
     terms = [term for _, term in blocks if term is not None]
     first_order = torch.cat(terms)[back][best] if terms else None
     return TopK(indices[best], scores[best], Certificate(len(scores), total, slack, tolerance), first_order)

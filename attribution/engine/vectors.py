@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from attribution.engine.kept_levels import kept_levels
 from attribution.engine.projection import before_softmax, direction_of, largest_row_norm
-from attribution.engine.ranks import Levels, bracketed, counted, levels_of
+from attribution.engine.ranks import Levels, bracketed, counted, levels_of, ranks_of
 from attribution.models.anatomy import Anatomy, ByLayer, Readout
 from attribution.models.model import Model
 from attribution.records import (
@@ -25,7 +26,7 @@ from attribution.records import (
     Unit,
 )
 
-__all__ = ["VectorTable", "sublayers_of", "vector_table"]
+__all__ = ["VectorTable", "largest_readout_of", "sublayers_of", "vector_table"]
 
 # Projected vectors are kept up to this many float64 numbers per table: 128 MiB.
 _KEPT_NUMBERS = 2**24
@@ -54,6 +55,8 @@ class VectorTable:
             (width,), or ``None`` for ones.
         readout: Final norm and unembedding.
         per_head: Rows per head in an attention sublayer: dimensions, source positions, or 1.
+        largest_readout: :func:`attribution.engine.projection.largest_row_norm` where it is known: one pass over the
+            unembedding, the same for all tables of a model.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class VectorTable:
         post_weights: tuple[Tensor | None, ...],
         readout: Readout,
         per_head: int,
+        largest_readout: float | None = None,
     ) -> None:
         self.unit = unit
         self.sublayers = sublayers
@@ -71,6 +75,7 @@ class VectorTable:
         self.post_weights = post_weights
         self.readout = readout
         self.per_head = per_head
+        self._largest_readout = largest_readout
         self._records: dict[tuple[int, int, int], Component] = {}
         self._ranks: dict[int, Tensor] = {}
         self._brackets: dict[int, tuple[Tensor, Tensor]] = {}
@@ -89,6 +94,7 @@ class VectorTable:
             tuple(each.post_weight for each in own),
             anatomy.readout,
             anatomy.head_dim,
+            anatomy.once(largest_readout_of),
         )
 
     @cached_property
@@ -104,16 +110,19 @@ class VectorTable:
     @cached_property
     def norms(self) -> Tensor:
         """|v|, the L2 norm of each vector as it is written, float64, (rows of all sublayers,)."""
-        pieces = []
-        for sublayer_index, vectors in enumerate(self.vectors):
-            rows = torch.arange(len(vectors), device=vectors.device)
-            pieces.append(self.written(sublayer_index, rows).norm(dim=-1))
-        return torch.cat(pieces)
+        return torch.cat([self.every(sublayer_index).norm(dim=-1) for sublayer_index in range(len(self.vectors))])
 
-    @cached_property
+    def norms_of(self, sublayer_index: int) -> Tensor:
+        """Return the norms of one sublayer's vectors, (rows,)."""
+        first = int(self.offsets[sublayer_index])
+        return self.norms[first : first + self.sizes[sublayer_index]]
+
+    @property
     def largest_readout(self) -> float:
         """The largest |gamma * W_t| over tokens t: no bs(v)_t exceeds |v| times this over the scale."""
-        return float(largest_row_norm(self.readout))
+        if self._largest_readout is None:
+            self._largest_readout = float(largest_row_norm(self.readout))
+        return self._largest_readout
 
     @cached_property
     def scan_dtype(self) -> torch.dtype:
@@ -195,14 +204,21 @@ class VectorTable:
         vectors = self.vectors[sublayer_index][rows].double()
         return vectors if post_weight is None else vectors * post_weight.double()
 
+    def every(self, sublayer_index: int) -> Tensor:
+        """Return all vectors of a sublayer as :meth:`written` does."""
+        vectors = self.vectors[sublayer_index]
+        return self.written(sublayer_index, torch.arange(len(vectors), device=vectors.device))
+
     @cached_property
     def _levels(self) -> Levels:
         """Logits of every vector at some ranks, which are the same for all prompts and answers."""
-        found = []
-        for sublayer_index, vectors in enumerate(self.vectors):
-            written = self.written(sublayer_index, torch.arange(len(vectors), device=vectors.device))
-            found.append(levels_of(written.to(self.scan_dtype), self.readout))
-        return Levels(found[0].ranks, torch.cat([each.logits for each in found]))
+
+        def make(sublayer_index: int) -> Tensor:
+            return levels_of(self.every(sublayer_index).to(self.scan_dtype), self.readout)
+
+        kinds = [each.kind for each in self.sublayers]
+        found = kept_levels(kinds, self.vectors, self.post_weights, self.readout, make)
+        return Levels(ranks_of(self.readout), torch.cat(found))
 
     @cached_property
     def _reach(self) -> Tensor:
@@ -215,21 +231,35 @@ class VectorTable:
         reach: Tensor = 8 * width**0.5 * eps * self.largest_readout * self.norms
         return reach
 
+    def know_ranks_of(self, answers: Sequence[int]) -> None:
+        """Bracket the ranks of some answers in every vector, in one product; those of others are forgotten."""
+        missing = [answer for answer in dict.fromkeys(answers) if answer not in self._brackets]
+        if missing:
+            directions = direction_of(self.readout, torch.tensor(missing, device=self.offsets.device)).T
+            own = []
+            for vectors, post_weight in zip(self.vectors, self.post_weights, strict=True):
+                seen = directions if post_weight is None else directions * post_weight.double()[:, None]
+                own.append(vectors.to(self.scan_dtype) @ seen.to(self.scan_dtype))
+            kept = {answer: self._brackets[answer] for answer in answers if answer in self._brackets}
+            for answer, logits in zip(missing, torch.cat(own).unbind(1), strict=True):
+                least, largest = bracketed(self._levels, logits, self._reach)
+                # A vector that is zero has the answer first, with all others.
+                kept[answer] = least, largest.where(self.norms > 0, least)
+            self._brackets = kept
+
     def rank_brackets(self, answer: int) -> tuple[Tensor, Tensor]:
         """Return the least and the largest rank that the answer can have in bs(v), (rows of all sublayers,) each."""
         if answer not in self._brackets:
-            direction = direction_of(self.readout, answer)
-            own = []
-            for vectors, post_weight in zip(self.vectors, self.post_weights, strict=True):
-                seen = direction if post_weight is None else direction * post_weight.double()
-                own.append(vectors.to(self.scan_dtype) @ seen.to(self.scan_dtype))
-            # Prompts of one answer seldom follow each other for long: the last one's are kept.
-            self._brackets = {answer: bracketed(self._levels, torch.cat(own), self._reach)}
+            self.know_ranks_of([answer])
         return self._brackets[answer]
 
     def reciprocal_rank_bounds(self, answer: int) -> Tensor:
         """Return what 1 / rank of the answer in bs(v) cannot exceed, float64, (rows of all sublayers,)."""
         return 1 / self.rank_brackets(answer)[0].double()
+
+    def reciprocal_rank_floors(self, answer: int) -> Tensor:
+        """Return what 1 / rank of the answer in bs(v) cannot be below, float64, (rows of all sublayers,)."""
+        return 1 / self.rank_brackets(answer)[1].double()
 
     def reciprocal_ranks(self, sublayer_index: Tensor, row: Tensor, answer: int) -> Tensor:
         """Return 1 / rank of the answer in bs(v), (n,).
@@ -260,8 +290,7 @@ class VectorTable:
     @cached_property
     def _kept_logits(self) -> Tensor:
         """bs(v) of every vector for a frozen scale of 1, float64, (rows of all sublayers, vocabulary)."""
-        rows = [torch.arange(len(vectors), device=vectors.device) for vectors in self.vectors]
-        written = torch.cat([self.written(sublayer_index, every) for sublayer_index, every in enumerate(rows)])
+        written = torch.cat([self.every(sublayer_index) for sublayer_index in range(len(self.vectors))])
         return before_softmax(written, torch.ones((), dtype=torch.float64, device=written.device), self.readout)
 
     def unscaled_logits(self, sublayer_index: Tensor, row: Tensor) -> Tensor:
@@ -272,6 +301,11 @@ class VectorTable:
         # All sublayers in one product: the unembedding is by far the largest thing to read.
         return before_softmax(self._written(sublayer_index, row), one, self.readout)
 
+    def written_at(self, rows: Tensor) -> Tensor:
+        """Return vectors, by their places among the rows of all sublayers, as :meth:`written` does, (n, width)."""
+        sublayer_index = torch.searchsorted(self.offsets, rows, right=True) - 1
+        return self._written(sublayer_index, rows - self.offsets[sublayer_index])
+
     def _written(self, sublayer_index: Tensor, row: Tensor) -> Tensor:
         """Return vectors of several sublayers as :meth:`written` does, float64, (n, width)."""
         vectors = torch.empty(len(row), self.readout.unembedding.shape[1], dtype=torch.float64, device=row.device)
@@ -279,6 +313,11 @@ class VectorTable:
             chosen = sublayer_index == each
             vectors[chosen] = self.written(each, row[chosen])
         return vectors
+
+
+def largest_readout_of(anatomy: Anatomy) -> float:
+    """Return :func:`attribution.engine.projection.largest_row_norm` of a model, for ``anatomy.once``."""
+    return float(largest_row_norm(anatomy.readout))
 
 
 def _tables(anatomy: Anatomy) -> dict[Unit, VectorTable]:

@@ -16,7 +16,7 @@ from torch import Tensor
 import attribution as at
 from attribution.engine import vectors
 from attribution.engine.projection import before_softmax, direction_of
-from attribution.engine.ranks import bracketed, counted, kept_ranks, levels_of
+from attribution.engine.ranks import Levels, bracketed, counted, kept_ranks, levels_of, ranks_of
 from attribution.engine.vectors import VectorTable
 from attribution.models.anatomy import Readout
 from attribution.models.norms import Norm
@@ -69,7 +69,7 @@ def test_brackets_hold_and_counts_are_the_ranks_of_float64(
     written[0] = 0
     truth, reach = _truth(written, answer, readout), _reach(written, readout)
     own = written @ direction_of(readout, answer).float()
-    least, largest = bracketed(levels_of(written, readout), own, reach)
+    least, largest = bracketed(Levels(ranks_of(readout), levels_of(written, readout)), own, reach)
     assert (least <= truth).all()
     assert (truth <= largest).all()
     assert torch.equal(counted(written.double(), answer, readout, torch.float32, reach), truth)
@@ -88,7 +88,9 @@ def test_brackets_are_narrow_where_logits_are_apart() -> None:
     readout = replace(readout, unembedding=torch.randn(300, 24, generator=torch.Generator().manual_seed(5)))
     written = torch.randn(50, 24, generator=torch.Generator().manual_seed(6))
     least, largest = bracketed(
-        levels_of(written, readout), written @ direction_of(readout, 9).float(), _reach(written, readout)
+        Levels(ranks_of(readout), levels_of(written, readout)),
+        written @ direction_of(readout, 9).float(),
+        _reach(written, readout),
     )
     # Of one bracket, or of two where rounding leaves it open.
     assert (largest <= torch.maximum(least + 2, least * 1.5)).all()

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attribution as at
-from attribution.engine import methods
+from attribution.engine import methods, vectors
 from attribution.engine.gradients import KINDS
-from attribution.engine.importance import Candidates, Streams, first_order_bound
+from attribution.engine.importance import Candidates, Streams, first_order_bound, seen_together
 from attribution.engine.methods import Method, method_named, register_method, score_candidates
-from attribution.engine.top_k import top_k
+from attribution.engine.top_k import top_k, top_k_together
 from attribution.engine.vectors import VectorTable
 from attribution.errors import BadInputError
 from attribution.models.anatomy import Readout
@@ -119,6 +119,36 @@ def test_scores_equal_plain_arithmetic(name: str, candidates: Candidates) -> Non
     scores = score_candidates(method_named(name, "ffn"), candidates)
     expected = [_score_by_hand(name, candidates, number) for number in range(len(candidates))]
     assert scores.tolist() == pytest.approx(expected, abs=max(1e-9, candidates.tolerance))
+
+
+@pytest.mark.parametrize("name", [*BOUNDED, "output_norm"])
+@SETTINGS
+@given(candidates=sets_of_candidates(), data=st.data())
+def test_prompts_that_are_searched_together_get_what_each_gets_alone(
+    name: str, candidates: Candidates, data: st.DataObject
+) -> None:
+    """The same vectors, under other streams, coefficients and answers; kept logits would need no projection."""
+    method = method_named(name, "ffn")
+    several = [
+        replace(
+            candidates,
+            coefficient=candidates.coefficient.roll(shift) * data.draw(st.sampled_from([1.0, -2.0])),
+            streams=replace(candidates.streams, states=candidates.streams.states.roll(shift, -1)),
+            answer=data.draw(st.integers(0, len(candidates.table.readout.unembedding) - 1)),
+        )
+        for shift in range(3)
+    ]
+    k = data.draw(st.integers(1, len(candidates)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectors, "_KEPT_NUMBERS", 0)
+        together = top_k_together(seen_together(several), method, k, with_first_order=True)
+        for own, found in zip(several, together, strict=True):
+            alone = top_k(own, method, k, with_first_order=True)
+            # The last bits depend on what is computed beside them.
+            assert found.scores.tolist() == pytest.approx(alone.scores.tolist(), abs=own.tolerance)
+            if not _tied_by_a_hair(score_candidates(method, own), own.tolerance):
+                assert found.indices.tolist() == alone.indices.tolist()
+            assert (found.first_order is None) is (alone.first_order is None)
 
 
 @pytest.mark.parametrize("name", BOUNDED)
@@ -323,8 +353,8 @@ def test_scoring_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     for name in sorted(methods.METHODS):
         monkeypatch.undo()
         whole = top_k(candidates, method_named(name, "ffn"), None)
-        monkeypatch.setattr("attribution.engine.top_k._BLOCK_NUMBERS", 8 * 7)
-        monkeypatch.setattr("attribution.engine.top_k._KEPT_BLOCK_NUMBERS", 8 * 7)
+        monkeypatch.setattr("attribution.engine.all_scores._BLOCK_NUMBERS", 8 * 7)
+        monkeypatch.setattr("attribution.engine.all_scores._KEPT_BLOCK_NUMBERS", 8 * 7)
         in_blocks = top_k(candidates, method_named(name, "ffn"), None)
         assert in_blocks.indices.tolist() == whole.indices.tolist(), name
         assert in_blocks.scores.tolist() == pytest.approx(whole.scores.tolist(), abs=1e-12), name

@@ -10,7 +10,7 @@ from attribution.engine.methods import METHODS, bound_candidates
 FAULTS = Faults()
 
 
-@FAULTS.patch("the least important come first", "_descending", claims=TOP + VALUE + PLANTED)
+@FAULTS.patch("the least important come first", "descending", claims=TOP + VALUE + PLANTED)
 def _(original, scores):
     return original(scores=-scores)
 
@@ -21,19 +21,19 @@ def _(original, k):
     return replace(found, indices=found.indices[1:], scores=found.scores[1:])
 
 
-@FAULTS.patch("the search stops at the first block", "top_k", claims=TOP)
+@FAULTS.patch("the search stops at the first block", "_searched", claims=TOP)
 def _(original, candidates, method, k):
     if method.bound is None or k is None:
         return original()
     first = bound_candidates(method, candidates).topk(k).indices.sort().values
-    found = original(candidates=candidates.take(first))
+    found = original(candidates=candidates.take(first), bounds=None)
     return replace(found, indices=first[found.indices])
 
 
-@FAULTS.patch("ties are broken by memory order", "top_k", claims=TOP)
+@FAULTS.patch("ties are broken by memory order", "_searched", claims=TOP)
 def _(original, candidates):
     memory = torch.arange(len(candidates)).flip(0)
-    found = original(candidates=candidates.take(memory))
+    found = original(candidates=candidates.take(memory), bounds=None)
     return replace(found, indices=memory[found.indices])
 
 

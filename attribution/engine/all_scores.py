@@ -1,0 +1,354 @@
+"""Every candidate's score, exactly where that matters: intervals for all, and float64 for what they cannot tell apart.
+
+Where a method's score rises with the importance over some distribution, one sweep over the vectors brackets it for all
+candidates of many prompts, see :mod:`attribution.engine.moments`. Whoever asks for ranks then has those candidates
+scored in float64 whose brackets overlap there: the answer is that of scoring all of them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attribution.engine.base import Base, bases_of, slips
+from attribution.engine.importance import Candidates
+from attribution.engine.methods import Method, Rising, score_candidates
+from attribution.engine.moments import cumulant, moments_of, summed_cumulant
+from attribution.engine.progress import Progress
+from attribution.engine.projection import behind_norm
+from attribution.engine.vectors import VectorTable
+
+__all__ = ["LARGEST_ERROR", "AllScores", "block_rows", "bracket", "descending", "score", "score_all", "worth_brackets"]
+
+# Numbers in one block of updates, candidates x vocabulary: 2**23 float64 numbers are 64 MiB. Each block reads the whole
+# unembedding, except where logits are kept: there a block does better that fits a processor's cache.
+_BLOCK_NUMBERS = 2**23
+_KEPT_BLOCK_NUMBERS = 2**18
+# Probabilities of several prompts that are held at a time, prompts x vocabulary: 2**24 float64 numbers are 128 MiB.
+_HELD_NUMBERS = 2**24
+# Below so many logits, vectors x vocabulary, brackets cost more than they save.
+_WORTH_BRACKETS = 2**22
+# By how much the remainder of the series may move a score, in nats, before exponentials are summed instead.
+_LARGEST_REMAINDER = 1e-8
+LARGEST_ERROR = 1e-5
+"""No score that is handed on is further off, in nats."""
+# Of what is undecided, the widest brackets are closed first: without them, most of the others are decided.
+_CLOSED_SHARE, _CLOSED_AT_LEAST = 64, 256
+
+
+def descending(scores: Tensor, tolerance: float) -> Tensor:
+    """Return the order of scores, largest first.
+
+    Scores that rounding cannot tell apart are tied, and fall by index: the last bits of a score depend on which
+    others are computed beside it.
+    """
+    falling, order = torch.sort(scores, descending=True, stable=True)
+    steps = falling[:-1] - falling[1:]
+    # Equal scores fall by index already.
+    if not ((steps > 0) & (steps <= tolerance)).any():
+        return order
+    group = torch.zeros_like(order)
+    group[1:] = (steps > tolerance).cumsum(0)
+    by_index = torch.argsort(order, stable=True)
+    return order[by_index[torch.argsort(group[by_index], stable=True)]]
+
+
+def block_rows(candidates: Candidates) -> int:
+    """Return how many candidates are scored at a time."""
+    numbers = _KEPT_BLOCK_NUMBERS if candidates.table.keeps_logits else _BLOCK_NUMBERS
+    return max(1, numbers // candidates.table.readout.unembedding.shape[0])
+
+
+def worth_brackets(table: VectorTable) -> bool:
+    """Say whether brackets of what these vectors write save more than they cost."""
+    # Whether others are asked along must not change what a prompt's scores are.
+    return not table.keeps_logits and sum(table.sizes) * len(table.readout.unembedding) >= _WORTH_BRACKETS
+
+
+@dataclass
+class AllScores:
+    """The scores of all candidates of one prompt: values, and how far each can be off.
+
+    Asking for ranks closes brackets: scores that decide them are computed in float64.
+
+    Attributes:
+        candidates: The candidates.
+        method: What scores them.
+        values: Their scores, (n,), float64.
+        errors: How far each can be off, (n,); 0 for what was scored in float64, whose rounding is ``tolerance``.
+        tolerance: How far float64 rounding can move a score; scores closer than this are tied.
+        first_order: First-order terms of the scores, (n,), float64, of methods that have them.
+        closed: How many brackets were closed by scoring in float64.
+    """
+
+    candidates: Candidates
+    method: Method
+    values: Tensor
+    errors: Tensor
+    tolerance: float
+    first_order: Tensor | None = None
+    closed: int = 0
+
+    def within(self, error: float) -> Tensor:
+        """Return the scores, (n,), none of them further off than an error, float64 rounding aside."""
+        self.close((self.errors > error).nonzero()[:, 0])
+        return self.values
+
+    def summed_within(self, error: float) -> Tensor:
+        """Return the scores, (n,), no sum of which is further off than an error, float64 rounding aside."""
+        rising = self.errors.sort()
+        self.close(rising.indices[rising.values.cumsum(0) > error])
+        return self.values
+
+    def order(self) -> Tensor:
+        """Return all candidates, best first, (n,)."""
+        self._decide(self._overlapping)
+        return descending(self.values, self.tolerance)
+
+    def at(self, ranks: Sequence[int]) -> Tensor:
+        """Return the candidates at some ranks, counted from 0, (m,)."""
+        self._decide(lambda: self._overlapping_at(ranks))
+        return descending(self.values, self.tolerance)[torch.tensor(ranks, dtype=torch.long, device=self.values.device)]
+
+    def first_vectors(self, numbers: Sequence[int]) -> list[Tensor]:
+        """Return the first vectors of the ranking, as many as each number says, in no order within.
+
+        Several candidates may write one vector, an attention neuron's source positions: the best of them places it.
+
+        Returns:
+            Places among the rows of all sublayers, (number,) each; all of them where there are fewer.
+        """
+        vectors = self.candidates.vector
+        number = int(vectors.max()) + 1
+
+        def best(scores: Tensor) -> Tensor:
+            none = torch.full((number,), -float("inf"), dtype=scores.dtype, device=scores.device)
+            return none.scatter_reduce(0, vectors, scores, "amax")
+
+        def undecided() -> Tensor:
+            lower, upper = best(self.values - self.errors), best(self.values + self.errors)
+            order = descending(best(self.values), self.tolerance)
+            at_edge = torch.zeros(number, dtype=torch.bool, device=vectors.device)
+            for each in numbers:
+                inside, outside = order[:each], order[each:]
+                if len(outside) and each:
+                    at_edge[inside] |= lower[inside] <= upper[outside].max() + self.tolerance
+                    at_edge[outside] |= upper[outside] >= lower[inside].min() - self.tolerance
+            # Of a vector's candidates, those that may be its best.
+            return at_edge[vectors] & (self.values + self.errors >= lower[vectors])
+
+        self._decide(undecided)
+        order = descending(best(self.values), self.tolerance)
+        return [order[:each] for each in numbers]
+
+    def _overlapping(self) -> Tensor:
+        """Say of each candidate whether its bracket meets that of one that is ranked before or behind it."""
+        order = self.values.argsort(descending=True, stable=True)
+        lower, upper = (self.values - self.errors)[order], (self.values + self.errors)[order]
+        least = lower.cummin(0).values[:-1]
+        most = upper.flip(0).cummax(0).values.flip(0)[1:]
+        meets = torch.zeros_like(lower, dtype=torch.bool)
+        meets[1:] |= upper[1:] >= least - self.tolerance
+        meets[:-1] |= lower[:-1] <= most + self.tolerance
+        return torch.zeros_like(meets).index_copy(0, order, meets)
+
+    def _overlapping_at(self, ranks: Sequence[int]) -> Tensor:
+        order = self.values.argsort(descending=True, stable=True)
+        lower, upper = self.values - self.errors - self.tolerance, self.values + self.errors + self.tolerance
+        meets = torch.zeros_like(lower, dtype=torch.bool)
+        for place in order[torch.tensor(ranks, dtype=torch.long, device=order.device)].tolist():
+            own = (lower <= upper[place]) & (upper >= lower[place])
+            if int(own.sum()) > 1:
+                meets |= own
+        return meets
+
+    def _decide(self, undecided: Callable[[], Tensor]) -> None:
+        """Score in float64 what is undecided and has a bracket, the widest first, until nothing is."""
+        while self.errors.any():
+            open_ones = (undecided() & (self.errors > 0)).nonzero()[:, 0]
+            if not len(open_ones):
+                return
+            number = max(_CLOSED_AT_LEAST, len(open_ones) // _CLOSED_SHARE)
+            self.close(open_ones[self.errors[open_ones].topk(min(number, len(open_ones))).indices])
+
+    def close(self, index: Tensor) -> None:
+        """Score candidates in float64."""
+        if not len(index):
+            return
+        candidates = self.candidates.afresh(self.candidates.sublayer_index[index].unique())
+        for block in index.split(block_rows(candidates)):
+            self.values[block] = score_candidates(self.method, candidates.take(block))
+        self.errors[index] = 0
+        self.closed += len(index)
+
+
+def score_all(
+    candidates: Sequence[Candidates],
+    method: Method,
+    *,
+    with_first_order: bool = False,
+    progress: Progress | None = None,
+) -> list[AllScores]:
+    """Return the scores of all candidates of each of several prompts, of one unit.
+
+    Args:
+        candidates: Those of each prompt. Vectors that prompts share are projected once for all of them.
+        method: The method.
+        with_first_order: Return the first-order terms of the scores as well, of methods that have them.
+        progress: The bar.
+    """
+    if not candidates:
+        return []
+    table = candidates[0].table
+    found: list[AllScores] = []
+    if method.rising is None or not worth_brackets(table):
+        with _shown(progress, len(candidates), "prompt") as update:
+            for each in candidates:
+                found.append(_in_float64(each, method, with_first_order=with_first_order))
+                update(1)
+        return found
+    held = max(1, _HELD_NUMBERS // len(table.readout.unembedding))
+    groups = [candidates[start : start + held] for start in range(0, len(candidates), held)]
+    with _shown(progress, len(groups) * len(table.sublayers), "sublayer") as update:
+        for group in groups:
+            own = [_opened(each, method, with_first_order=with_first_order) for each in group]
+            for sublayer_index in range(len(table.sublayers)):
+                _bracket(own, group, sublayer_index, method.rising)
+                update(1)
+            found += own
+    return found
+
+
+def _shown(progress: Progress | None, total: int, of: str) -> AbstractContextManager[Callable[[int], object]]:
+    """Give a function to call with how many are done besides."""
+    # A machine that holds the weights elsewhere is sent none: a bar would be seen by nobody.
+    return nullcontext(_nothing) if progress is None else progress.over(total, of)
+
+
+def _nothing(_: int) -> None:
+    pass
+
+
+def score(
+    method: Method, candidates: Candidates, block: Tensor, *, with_first_order: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the scores of some candidates in float64, and their first-order terms if these are wanted and defined."""
+    part = candidates.take(block)
+    first_order = method.first_order(part) if with_first_order and method.first_order is not None else None
+    return score_candidates(method, part), first_order
+
+
+def _in_float64(candidates: Candidates, method: Method, *, with_first_order: bool) -> AllScores:
+    everything = torch.arange(len(candidates), device=candidates.index.device)
+    blocks = everything.split(block_rows(candidates))
+    scored = [score(method, candidates, block, with_first_order=with_first_order) for block in blocks]
+    none = torch.zeros(0, dtype=torch.float64, device=everything.device)
+    values = torch.cat([none, *(scores for scores, _ in scored)])
+    terms = [term for _, term in scored if term is not None]
+    # Only a score that is projected is known to no more than the rounding of a projection.
+    tolerance = 0.0 if method.bound is None else candidates.tolerance
+    first_order = torch.cat(terms) if terms else None
+    return AllScores(candidates, method, values, torch.zeros_like(values), tolerance, first_order, len(values))
+
+
+def bracket(rising: Rising, increase: Tensor, error: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores of importances, and how far they can be off where these can be so far off, (n,) each."""
+    value = rising.score(increase, log_prob)
+    ends = [rising.score(increase + sign * error, log_prob) for sign in (1, -1)]
+    # What was not scored in float64 says so, however little it can be off.
+    least = torch.finfo(torch.float64).eps
+    return value, torch.stack([(end - value).abs() for end in ends]).amax(0).clamp(min=least)
+
+
+def _opened(candidates: Candidates, method: Method, *, with_first_order: bool) -> AllScores:
+    """Return scores that are to be bracketed."""
+    terms = with_first_order and method.first_order is not None
+    empty = torch.empty(3, len(candidates), dtype=torch.float64, device=candidates.index.device)
+    return AllScores(candidates, method, empty[0], empty[1], candidates.tolerance, empty[2] if terms else None)
+
+
+def _bracket(found: Sequence[AllScores], candidates: Sequence[Candidates], sublayer_index: int, rising: Rising) -> None:
+    """Bracket the scores of all candidates of one sublayer."""
+    table = candidates[0].table
+    shared = all(each.table is table for each in candidates)
+    (base,) = bases_of(candidates, [sublayer_index], uniform=rising.uniform)
+    here = [(each.sublayer_index == sublayer_index).nonzero()[:, 0] for each in candidates]
+    sweep = _of_shared_vectors if shared else _of_own_vectors
+    for place, column, first, spent, error in sweep(candidates, here, sublayer_index, base):
+        own, log_prob, increase = found[column], base.log_probs[column], first - spent
+        own.values[place], own.errors[place] = bracket(rising, increase, error, log_prob)
+        if own.first_order is not None:
+            own.first_order[place] = first
+
+
+_Swept = Iterator[tuple[Tensor, int, Tensor, Tensor, Tensor]]
+
+
+def _of_shared_vectors(
+    candidates: Sequence[Candidates], here: Sequence[Tensor], sublayer_index: int, base: Base
+) -> _Swept:
+    """Yield which candidates, of which prompt, the first-order terms and K of their increases, and K's error."""
+    table = candidates[0].table
+    written = table.every(sublayer_index)
+    one = torch.ones((), dtype=torch.float64, device=written.device)
+    normed = behind_norm(written, one, table.readout).to(table.scan_dtype)
+    moments = moments_of(normed, table.readout.unembedding, base.probs)
+    means, own = written @ base.means.T, written @ base.answers.T
+    slip_of = slips(table, table.norms_of(sublayer_index))
+    wide: list[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    for column, (each, place) in enumerate(zip(candidates, here, strict=True)):
+        rows, coefficient = each.row[place], each.coefficient[place] / each.scale
+        first = coefficient * (own[rows, column] - means[rows, column])
+        slip = coefficient.abs() * slip_of[rows]
+        value, remainder, rounding = cumulant(moments, rows, base.column(column), coefficient, slip, base.most[column])
+        # Also what is no number, of vectors as long as no model has them.
+        far = ~(remainder <= _LARGEST_REMAINDER)
+        yield place[~far], column, first[~far], value[~far], (remainder + rounding)[~far]
+        wide.append((column, place[far], rows[far], coefficient[far], first[far], slip[far]))
+    # What moves a logit by much, through the unembedding once more: exponentials of few.
+    every = torch.cat([rows for _, _, rows, _, _, _ in wide]).unique()
+    for block in every.split(block_rows(candidates[0])):
+        logits = normed[block] @ table.readout.unembedding.to(normed.dtype).T
+        for column, place, rows, coefficient, first, slip in wide:
+            chosen = torch.isin(rows, block)
+            if chosen.any():
+                picked = torch.searchsorted(block, rows[chosen])
+                about = logits[picked] - means[rows[chosen], column, None].to(logits.dtype)
+                value, error = summed_cumulant(
+                    about, base.of(column), coefficient[chosen], slip[chosen], base.most[column]
+                )
+                yield place[chosen], column, first[chosen], value, error
+
+
+def _of_own_vectors(
+    candidates: Sequence[Candidates], here: Sequence[Tensor], sublayer_index: int, base: Base
+) -> _Swept:
+    """Yield the same for heads and layers, whose vectors each prompt has for itself: exponentials of all."""
+    readout, dtype = candidates[0].table.readout, candidates[0].table.scan_dtype
+    rows = [each.row[place] for each, place in zip(candidates, here, strict=True)]
+    written = torch.cat([each.table.written(sublayer_index, own) for each, own in zip(candidates, rows, strict=True)])
+    columns = torch.cat([torch.full_like(own, column) for column, own in enumerate(rows)])
+    coefficient = torch.cat(
+        [each.coefficient[place] / each.scale for each, place in zip(candidates, here, strict=True)]
+    )
+    norms = [each.table.norms_of(sublayer_index)[own] for each, own in zip(candidates, rows, strict=True)]
+    slip = slips(candidates[0].table, torch.cat(norms)) * coefficient.abs()
+    means, answers = ((written * each[columns]).sum(-1) for each in (base.means, base.answers))
+    one = torch.ones((), dtype=torch.float64, device=written.device)
+    normed = behind_norm(written, one, readout).to(dtype)
+    # Many prompts in one product: it reads the whole unembedding.
+    for block in torch.arange(len(written), device=written.device).split(block_rows(candidates[0])):
+        logits = normed[block] @ readout.unembedding.to(dtype).T
+        logits -= means[block, None].to(dtype)
+        for column in columns[block].unique().tolist():
+            chosen = columns[block] == column
+            own = block[chosen]
+            value, error = summed_cumulant(
+                logits[chosen], base.of(column), coefficient[own], slip[own], base.most[column]
+            )
+            place = here[column][own - int((columns < column).sum())]
+            yield place, column, coefficient[own] * (answers[own] - means[own]), value, error
