@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, wraps
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from torch import Tensor
 
 from attribution.claims.judge import Claim, Verdict, judge, judge_exact
 from attribution.claims.measured import Exact, Measured, NotApplicable
 from attribution.claims.sample import Sample
 from attribution.engine.ablation import outcomes
-from attribution.engine.batching import Progress, batches_of
+from attribution.engine.all_scores import LARGEST_ERROR, AllScores, score_all
+from attribution.engine.batching import batches_of
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, worst
 from attribution.engine.masks import AblationKind
+from attribution.engine.methods import method_named
 from attribution.engine.metrics import METRICS, by_metric
-from attribution.engine.ranking import Ranking, Search, rank_all
+from attribution.engine.progress import Progress
+from attribution.engine.questions import Question
+from attribution.engine.ranking import Ranking, Search, candidates_of_each, rank_all
 from attribution.engine.trace import read_activations
 from attribution.experiments.design import Design, budgets_of, table_of
 from attribution.experiments.evaluation import references_of, run_design
@@ -36,6 +43,8 @@ T = TypeVar("T")
 STEPS = 20
 """Points on the path of integrated gradients."""
 
+# Vectors of heads and layers that are held at a time: 2**25 float64 numbers are 256 MiB.
+_HELD_NUMBERS = 2**25
 # Fewer say little of an engine that is checked on them.
 _ENOUGH = 24
 OWN_PROMPTS = "the prompts are one's own: only more than with swapped answers"
@@ -44,6 +53,13 @@ OWN_PROMPTS = "the prompts are one's own: only more than with swapped answers"
 def prompt_key(prompt: Prompt) -> str:
     """Return what tells a prompt apart from others: its text with its answer."""
     return f"{prompt.text}{prompt.answer}"
+
+
+def _named(measure: Callable[..., object], *args: object) -> str:
+    """Return in words what is measured: the module, the function, and what it is measured of."""
+    words = f"{measure.__module__.rpartition('.')[2]}: {measure.__name__.strip('_')}".replace("_", " ")
+    what = ", ".join(each for each in args if isinstance(each, str))
+    return f"{words} ({what})" if what else words
 
 
 def measured_once(measure: Callable[Concatenate[Workbench, P], T]) -> Callable[Concatenate[Workbench, P], T]:
@@ -66,15 +82,21 @@ class Workbench:
     Args:
         sample: The prompts that claims are judged on, and the model.
         seed: Seed of everything that is drawn at random.
-        progress: Show progress bars.
+        progress: How it is shown what is measured; its label is the measurement's.
+
+    Attributes:
+        spent: Seconds that each experiment took, those that it rests on aside, by what it is.
     """
 
-    def __init__(self, sample: Sample, *, seed: int = 0, progress: bool = False) -> None:
+    def __init__(self, sample: Sample, *, seed: int = 0, progress: Progress | None = None) -> None:
         self.sample = sample
         self.seed = seed
-        self.progress = progress
+        self.progress = progress or Progress()
+        self.spent: dict[str, float] = {}
+        self._within = 0.0
         self._frames: dict[tuple[object, ...], pd.DataFrame] = {}
         self._results: dict[Hashable, object] = {}
+        self._scores: dict[tuple[str, Unit, Question], npt.NDArray[np.float64]] = {}
         self._rankings: dict[tuple[str, Unit, int, int], Ranking] = {}
 
     @property
@@ -85,6 +107,9 @@ class Workbench:
     @property
     def prompts(self) -> list[Prompt]:
         """The prompts that claims are judged on, one of each known fact."""
+        if "prompts" not in vars(self.sample):
+            with self._timed("which prompts it knows"):
+                return self.sample.prompts
         return self.sample.prompts
 
     @property
@@ -115,8 +140,24 @@ class Workbench:
         """Return ``measure(self, *args, **kwargs)``; called again with the same arguments, the same result."""
         key = measure, args, tuple(sorted(kwargs.items()))
         if key not in self._results:
-            self._results[key] = measure(self, *args, **kwargs)
+            with self._timed(_named(measure, *args)):
+                self._results[key] = measure(self, *args, **kwargs)
         return cast(T, self._results[key])
+
+    def bar(self, what: str) -> Progress:
+        """Return how it is shown how far a measurement is."""
+        return replace(self.progress, label=f"{self.model.name}: {what}")
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Take the time of an experiment."""
+        start, outside, self._within = time.perf_counter(), self._within, 0.0
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self.spent[what] = self.spent.get(what, 0.0) + took - self._within
+            self._within = outside + took
 
     def ranked(
         self, methods: Sequence[str], k: Mapping[Unit, int], *, indices: Sequence[int], seed: int | None = None
@@ -144,13 +185,15 @@ class Workbench:
                     wanted.setdefault(method, {})[unit] = number
                     missing.update(shallow)
         asked = sorted(missing)
-        found = rank_all(
-            self.model,
-            [self.sample.questions[place] for place in asked],
-            wanted,
-            Search(seed, STEPS),
-            progress=Progress(f"{self.model.name} ranking by {', '.join(methods)}", self.progress),
-        )
+        what = f"ranking by {', '.join(wanted)}"
+        with self._timed(what):
+            found = rank_all(
+                self.model,
+                [self.sample.questions[place] for place in asked],
+                wanted,
+                Search(seed, STEPS),
+                progress=self.bar(what),
+            )
         for place, by_method in zip(asked, found, strict=True):
             for method, by_unit in by_method.items():
                 for unit, ranking in by_unit.items():
@@ -163,6 +206,38 @@ class Workbench:
             }
             for place in indices
         ]
+
+    def all_scores(self, method: str, unit: Unit, questions: Sequence[Question]) -> list[AllScores]:
+        """Return the scores of all candidates of a unit on each prompt; one sweep over the vectors serves all."""
+        scorer = method_named(method, unit)
+        found = candidates_of_each(self.model, questions, {unit: [scorer]}, Search(self.seed, STEPS))
+        bar = self.bar(f"every {unit} by {method}")
+        return score_all([each[unit] for each in found], scorer, progress=bar)
+
+    def scores(
+        self, method: str, unit: Literal["head", "layer"], questions: Sequence[Question]
+    ) -> npt.NDArray[np.float64]:
+        """Return the scores of all heads or layers on each prompt, (prompts, candidates), each prompt's scored once."""
+        missing = [each for each in questions if (method, unit, each) not in self._scores]
+        anatomy = self.model.anatomy
+        number = anatomy.layers * (2 if unit == "layer" else anatomy.heads)
+        # Each prompt has vectors of its own.
+        size = max(1, _HELD_NUMBERS // (number * anatomy.width))
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            for question, found in zip(part, self.all_scores(method, unit, part), strict=True):
+                self._scores[method, unit, question] = found.within(LARGEST_ERROR).numpy(force=True)
+        scores = np.zeros((len(questions), number))
+        for row, question in enumerate(questions):
+            scores[row] = self._scores[method, unit, question]
+        return scores
+
+    def final_states(self, questions: Sequence[Question]) -> list[Tensor]:
+        """Return the final residual state of each prompt at its last position, (width,) each."""
+        states: dict[int, Tensor] = {}
+        for rows, batch in batches_of(self.model, questions):
+            states.update(zip(rows, read_activations(self.model, batch, logits=False).resid_final, strict=True))
+        return [states[row] for row in range(len(questions))]
 
     def rankings(self, method: str, unit: str, k: int, *, indices: Sequence[int]) -> list[Ranking]:
         """Return the best of each prompt as rankings without first-order terms, see :meth:`ranked`."""
@@ -205,17 +280,19 @@ class Workbench:
             design = Design.of(missing, budgets, list(dict.fromkeys((kind, *together))), seed=seed, steps=STEPS)
             questions = [self.sample.questions[place] for place in indices]
             ranked = self.ranked(missing, design.largest, indices=indices, seed=seed)
-            measured = run_design(
-                self.model,
-                questions,
-                design,
-                references_of(self.model, design, questions, self._reference(design)),
-                ranked=[
-                    {name: {unit: each.neurons for unit, each in by_unit.items()} for name, by_unit in own.items()}
-                    for own in ranked
-                ],
-                progress=Progress(f"{self.model.name} {', '.join(missing)}", self.progress),
-            )
+            what = f"ablation by {', '.join(missing)}"
+            with self._timed(what):
+                measured = run_design(
+                    self.model,
+                    questions,
+                    design,
+                    references_of(self.model, design, questions, self._reference(design)),
+                    ranked=[
+                        {name: {unit: each.neurons for unit, each in by_unit.items()} for name, by_unit in own.items()}
+                        for own in ranked
+                    ],
+                    progress=self.bar(what),
+                )
             frame = table_of([self.prompts[place] for place in indices], design, measured)
             for (name, of_kind), rows in frame.groupby(["method", "kind"], sort=False):
                 self._frames[name, of_kind, key] = rows.reset_index(drop=True)

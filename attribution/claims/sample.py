@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
+from attribution.engine.progress import Progress
 from attribution.engine.questions import Question, question_of
 from attribution.experiments.selection_rule import known_prompts, one_token_words
 from attribution.models.model import Model
@@ -24,6 +25,7 @@ class Sample:
         knowledge: Facts and words.
         max_prompts: Judge claims on at most this many prompts; on all of them when ``None``.
         known: Prompts that count as known without asking the model; when ``None``, those that pass the selection rule.
+        progress: How it is shown how far that is; its label is the measurement's.
     """
 
     def __init__(
@@ -33,22 +35,31 @@ class Sample:
         *,
         max_prompts: int | None = None,
         known: Sequence[Prompt] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.model = model
         self.knowledge = knowledge
         self.max_prompts = max_prompts
+        self.progress = progress or Progress()
         if known is not None:
             self.known = list(known)
 
     @cached_property
     def known(self) -> list[Prompt]:
         """The prompts that the model answers correctly by the selection rule."""
-        return known_prompts(self.model, self.knowledge.prompts, self.knowledge.words)
+        return [prompt for prompt in self.knowledge.prompts if prompt in self._kept]
 
     @cached_property
     def known_with_swapped_answers(self) -> list[Prompt]:
         """The prompts that pass the selection rule with another fact's answer: the control for :attr:`known`."""
-        return known_prompts(self.model, self.swapped, self.knowledge.words)
+        return [prompt for prompt in self.swapped if prompt in self._kept]
+
+    @cached_property
+    def _kept(self) -> frozenset[Prompt]:
+        """What passes the selection rule of all prompts with their own answers and with swapped ones."""
+        bar = replace(self.progress, label=f"{self.model.name}: what it knows")
+        asked = [*self.knowledge.prompts, *self.swapped]
+        return frozenset(known_prompts(self.model, asked, self.knowledge.words, progress=bar))
 
     @cached_property
     def swapped(self) -> list[Prompt]:

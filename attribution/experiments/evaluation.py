@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import pandas as pd
-import torch
 
-from attribution.engine.ablation import Reference, measure_ablated, reference_of
-from attribution.engine.batching import Kept, Progress, map_batches
+from attribution.engine.ablation import Reference, measure_variants, reference_of
+from attribution.engine.batching import Kept, map_batches
 from attribution.engine.masks import AblationKind
 from attribution.engine.metrics import measure_each
+from attribution.engine.progress import Progress
 from attribution.engine.questions import Question, encode_all, prompts_with_answers, question_of
 from attribution.engine.ranking import Search, rank_batch
 from attribution.engine.trace import run_plainly
@@ -185,32 +185,22 @@ def measure_batch(
         for row in range(len(questions))
         for place, arm in enumerate(arms)
     }
-    # 4. Rerun and measure. What begins in the same layer runs together, and the layers below it are not run again.
+    # 4. Rerun and measure: what two arms ablate alike, once.
     after: dict[tuple[int, int], Ablated] = {}
     for kind, reference in references.items():
-        reruns = [job for job in chosen if arms[job[1]].kind is kind]
-        reruns.sort(key=lambda job: min((record.layer for record in chosen[job]), default=model.anatomy.layers))
-        for part in _in_passes(reruns, questions, model.batch_tokens):
-            rows = torch.tensor([row for row, _ in part], device=model.device)
-            begun = None if model.anatomy.spread else (plain, rows)
-            found = measure_ablated(
-                model, [(questions[job[0]], chosen[job]) for job in part], reference, design.at_source, begun
-            )
-            after.update((job, Ablated(*each)) for job, each in zip(part, found, strict=True))
+        alike: dict[tuple[int, frozenset[Component]], list[tuple[int, int]]] = {}
+        for job, records in chosen.items():
+            if arms[job[1]].kind is kind:
+                alike.setdefault((job[0], frozenset(records)), []).append(job)
+        begun = None if model.anatomy.spread else plain
+        reruns = [(row, chosen[same[0]]) for (row, _), same in alike.items()]
+        measured = measure_variants(model, questions, reruns, reference, design.at_source, begun)
+        for same, found in zip(alike.values(), measured, strict=True):
+            after.update((job, Ablated(*found)) for job in same)
     return [
         Measurement(outcome, tuple(after[row, place] for place in range(len(arms))))
         for row, outcome in enumerate(before)
     ]
-
-
-def _in_passes(
-    reruns: Sequence[tuple[int, int]], questions: Sequence[Question], tokens: int
-) -> Iterator[Sequence[tuple[int, int]]]:
-    """Yield reruns, in the order given, as many at a time as one pass of so many tokens holds."""
-    longest = max(len(question.ids) for question in questions)
-    at_once = max(1, tokens // longest)
-    for start in range(0, len(reruns), at_once):
-        yield reruns[start : start + at_once]
 
 
 def _chosen(ranked: Mapping[Unit, Sequence[Component]], budget: Mapping[Unit, int]) -> list[Component]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
+from typing import TypeAlias
 
 import pandas as pd
 from torch import Tensor
 
 from attribution.engine.batching import map_batches
 from attribution.engine.metrics import measure
+from attribution.engine.progress import Progress
 from attribution.engine.questions import Question
 from attribution.engine.trace import rerun
 from attribution.errors import BadInputError
@@ -30,8 +32,16 @@ __all__ = [
 ]
 
 
+_Asked: TypeAlias = tuple[int, Sequence[int]]
+"""An answer's token, and those that it competes with."""
+
+
 def selection_outcomes(
-    model: Model, prompts: Sequence[Prompt], words: Mapping[str, Sequence[str]]
+    model: Model,
+    prompts: Sequence[Prompt],
+    words: Mapping[str, Sequence[str]],
+    *,
+    progress: Progress | None = None,
 ) -> list[SelectionOutcome]:
     """Return what the selection rule says of each prompt.
 
@@ -40,6 +50,7 @@ def selection_outcomes(
         prompts: Prompts with answers and categories.
         words: Category to every word of the type, without leading space. A word that is several tokens for this
             model cannot be ranked against the answer and is left out.
+        progress: How it is shown how far it is.
 
     Returns:
         One outcome per prompt, in the order given.
@@ -66,17 +77,26 @@ def selection_outcomes(
                 f"{', '.join(rivals)}; pass its words."
             )
 
-    jobs = [(question, rivals[prompts[row].category]) for row, question in zip(rows_asked, questions, strict=True)]
-    judged = map_batches(model, jobs, _judged, lengths=[len(question.ids) for question in questions])
-    found.update(zip(rows_asked, judged, strict=True))
+    # One text may be asked for several answers, and is run once.
+    by_text: dict[tuple[int, ...], list[tuple[int, _Asked]]] = {}
+    for row, question in zip(rows_asked, questions, strict=True):
+        asked = question.answer_id, rivals[prompts[row].category]
+        by_text.setdefault(question.ids, []).append((row, asked))
+    jobs = [(ids, [asked for _, asked in of_text]) for ids, of_text in by_text.items()]
+    judged = map_batches(model, jobs, _judged, lengths=[len(ids) for ids, _ in jobs], progress=progress)
+    for of_text, outcomes in zip(by_text.values(), judged, strict=True):
+        found.update(zip((row for row, _ in of_text), outcomes, strict=True))
     return [found[row] for row in range(len(prompts))]
 
 
-def _judged(model: Model, jobs: Sequence[tuple[Question, Sequence[int]]]) -> list[SelectionOutcome]:
-    """Run one batch and apply the rule to each question with the tokens that its answer competes with."""
-    logits = rerun(model, pad([question.ids for question, _ in jobs], device=model.device))
+def _judged(
+    model: Model, jobs: Sequence[tuple[tuple[int, ...], Sequence[_Asked]]]
+) -> list[tuple[SelectionOutcome, ...]]:
+    """Run one batch and apply the rule to each answer of each text."""
+    logits = rerun(model, pad([ids for ids, _ in jobs], device=model.device))
     return [
-        selection_outcome(row, question.answer_id, rivals) for row, (question, rivals) in zip(logits, jobs, strict=True)
+        tuple(selection_outcome(row, answer, rivals) for answer, rivals in asked)
+        for row, (_, asked) in zip(logits, jobs, strict=True)
     ]
 
 
@@ -152,7 +172,13 @@ def outranks_rivals(logits: Tensor, answer_id: int, rival_ids: Sequence[int]) ->
     return selection_outcome(logits, answer_id, rival_ids) is SelectionOutcome.KEPT
 
 
-def known_prompts(model: Model, prompts: Sequence[Prompt], words: Mapping[str, Sequence[str]]) -> list[Prompt]:
+def known_prompts(
+    model: Model,
+    prompts: Sequence[Prompt],
+    words: Mapping[str, Sequence[str]],
+    *,
+    progress: Progress | None = None,
+) -> list[Prompt]:
     """Return the prompts that a model answers by the paper's selection rule.
 
     The correct token must be in the model's top 10 and above every other word of its type; an answer of several tokens
@@ -164,6 +190,7 @@ def known_prompts(model: Model, prompts: Sequence[Prompt], words: Mapping[str, S
         prompts: Prompts with answers and categories.
         words: Category to every word of the type, without leading space. A word that is several tokens for this
             model cannot be ranked against the answer and is left out.
+        progress: How it is shown how far it is.
 
     Returns:
         The prompts that pass, in the order given.
@@ -171,5 +198,5 @@ def known_prompts(model: Model, prompts: Sequence[Prompt], words: Mapping[str, S
     Raises:
         BadInputError: If a prompt or answer cannot be used, or a category has no word list.
     """
-    fates = selection_outcomes(model, prompts, words)
+    fates = selection_outcomes(model, prompts, words, progress=progress)
     return [prompt for prompt, fate in zip(prompts, fates, strict=True) if fate is SelectionOutcome.KEPT]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,15 +62,23 @@ def read(folder: Path, name: str) -> StoredRun:
         ) from None
 
 
-def stored_run_named(folder: Path, name: str) -> str:
-    """Return the name of a stored run; of the only one there is when it is empty.
+def stored_run_named(folder: Path, name: str, models: Collection[str] = ()) -> str:
+    """Return the name of a stored run; when it is empty, of the only one, or of the only one of some models.
+
+    Args:
+        folder: Where stored runs are kept.
+        name: Its name.
+        models: The names of the models that it should be of.
 
     Raises:
-        BadInputError: If it is empty and there is not exactly one.
+        BadInputError: If the name is empty and not exactly one can be meant.
     """
     if name:
         return name
     there = names_in(folder)
+    if len(there) > 1:
+        of_models = [each for each in there if set(models) == read(folder, each).models.keys()]
+        there = of_models if len(of_models) == 1 else there
     if len(there) != 1:
         raise BadInputError(
             f"--attribution-compare without a name needs exactly one stored run in {folder}, and there are "

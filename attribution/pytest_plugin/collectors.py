@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from attribution.errors import AttributionError
+from attribution.pytest_plugin.chosen_models import models_of_the_run
 from attribution.pytest_plugin.outcome import fail_run
+from attribution.pytest_plugin.session import spent_by
 from attribution.wording import pluralize
 
 if TYPE_CHECKING:
@@ -42,6 +44,12 @@ class VerdictTable:
     def __init__(self) -> None:
         self._rows: list[dict[str, str]] = []
         self._loaded: dict[str, str] = {}
+        self._spent: dict[str, dict[str, float]] = {}
+
+    # Known only where pytest-xdist is.
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self._spent.update(spent_by(node))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
@@ -51,7 +59,7 @@ class VerdictTable:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not self._rows:
             return
-        from attribution.report.verdicts import verdict_table
+        from attribution.report.verdicts import longest_lines, verdict_table
 
         terminalreporter.section("attribution: claims and verdicts")
         for name in sorted(self._loaded):
@@ -59,6 +67,8 @@ class VerdictTable:
         if self._loaded:
             terminalreporter.write_line("")
         terminalreporter.write_line(verdict_table(self._rows).lstrip("\n"))
+        for line in longest_lines({**self._spent, **spent_by(terminalreporter.config)}):
+            terminalreporter.write_line(line)
 
 
 class Report:
@@ -128,8 +138,9 @@ class Gate:
         self._policy = policy_of(config)
         if self._update and self._save is None:
             raise pytest.UsageError(f"--attribution-update has nothing to write; add {SAVE}=NAME, or leave it out.")
+        models = [entry.name for entry in models_of_the_run(config)]
         # Whatever can be refused now need not wait until all is measured.
-        self._name: str = "" if compared is None else stored_run_named(self._folder, compared)
+        self._name: str = "" if compared is None else stored_run_named(self._folder, compared, models)
         self._stored_run: StoredRun | None = None if compared is None else read(self._folder, self._name)
         if self._save is not None and path_of(self._folder, self._save).exists() and not self._update:
             raise pytest.UsageError(

@@ -25,7 +25,7 @@ from attribution.pytest_plugin.collectors import (
 )
 from attribution.pytest_plugin.hookspecs import PluginHooks
 from attribution.pytest_plugin.options import add_options, spelled_out
-from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_worker
+from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_worker, keep_terminal
 from attribution.wording import pluralize
 
 __all__ = [
@@ -79,6 +79,7 @@ def pytest_load_initial_conftests(
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read what is declared, register markers, and register what gathers verdicts."""
+    keep_terminal(config)
     settings = config.rootpath / "pyproject.toml"
     try:
         config.stash[DECLARED] = declare(settings) if settings.is_file() else []

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from attribution.models.registry import entry_of
 from attribution.pytest_plugin.chosen_models import models_of_the_run
 from attribution.pytest_plugin.collectors import EXHIBIT, LOADED, MEASURED, VERDICT
 from attribution.pytest_plugin.outcome import is_binding, outcome_of_claim, stop_run
-from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_gated, is_worker
+from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_gated, is_worker, keep_spent, terminal
 
 if TYPE_CHECKING:
     from attribution.claims.bench import Workbench
@@ -85,18 +84,24 @@ def attribution_model(request: pytest.FixtureRequest, _attribution_threads: None
 
 
 @pytest.fixture(scope="session")
-def attribution_bench(request: pytest.FixtureRequest, attribution_model: Model) -> Workbench:
+def attribution_bench(request: pytest.FixtureRequest, attribution_model: Model) -> Iterator[Workbench]:
     """The model with its knowledge prompts, and with what was measured on them: tests share what is expensive."""
     from attribution.claims.bench import Workbench
     from attribution.claims.sample import Sample
+    from attribution.engine.progress import Progress
     from attribution.prompts.knowledge import load_knowledge
 
     config = request.config
-    # One progress bar at a time is readable; under xdist there would be one per worker.
-    progress = sys.stderr.isatty() and not is_worker(config)
+    stream = terminal(config)
+    # One bar at a time is readable; workers may be several.
+    lines = stream is None or not stream.isatty() or is_worker(config)
+    progress = Progress(shown=stream is not None, stream=stream, lines=lines)
     knowledge = config.stash.get(OWN_PROMPTS, None) or load_knowledge(categories=chosen_categories(config))
-    sample = Sample(attribution_model, knowledge, max_prompts=config.option.attribution_max_prompts)
-    return Workbench(sample, seed=config.option.attribution_seed or 0, progress=progress)
+    most = config.option.attribution_max_prompts
+    sample = Sample(attribution_model, knowledge, max_prompts=most, progress=progress)
+    bench = Workbench(sample, seed=config.option.attribution_seed or 0, progress=progress)
+    yield bench
+    keep_spent(config, attribution_model.name, bench.spent)
 
 
 @pytest.fixture(scope="session")

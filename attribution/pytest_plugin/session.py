@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
 import pytest
 
 from attribution.prompts.knowledge import Knowledge
 
-__all__ = ["OWN_PROMPTS", "chosen_categories", "is_gated", "is_worker"]
+__all__ = [
+    "OWN_PROMPTS",
+    "chosen_categories",
+    "is_gated",
+    "is_worker",
+    "keep_spent",
+    "keep_terminal",
+    "spent_by",
+    "terminal",
+]
 
 
 OWN_PROMPTS: pytest.StashKey[Knowledge] = pytest.StashKey()
+_SPENT: pytest.StashKey[dict[str, dict[str, float]]] = pytest.StashKey()
+_TERMINAL: pytest.StashKey[TextIO] = pytest.StashKey()
+
+
+def keep_terminal(config: pytest.Config) -> None:
+    """Keep standard error for :func:`terminal`, at a time when pytest does not capture it."""
+    try:
+        descriptor = os.dup(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2)
+    except OSError:
+        return
+    # Closed with the process or with the run, whichever ends first.
+    stream = config.stash[_TERMINAL] = open(descriptor, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
+    config.add_cleanup(stream.close)
+
+
+def terminal(config: pytest.Config) -> TextIO | None:
+    """Return standard error as it was before pytest captured it, also that of a worker; ``None`` if there is none."""
+    return config.stash.get(_TERMINAL, None)
+
+
+def keep_spent(config: pytest.Config, model: str, spent: Mapping[str, float]) -> None:
+    """Keep how many seconds each experiment about a model took, for :func:`spent_by`; a worker sends it on."""
+    sent: dict[str, Any] | None = getattr(config, "workeroutput", None)
+    kept = spent_by(config) if sent is None else sent.setdefault("attribution_spent", {})
+    kept[model] = dict(spent)
+
+
+def spent_by(process: Any) -> dict[str, dict[str, float]]:
+    """Return what was kept by the process that writes, given its config, or by a worker, given its node: by model."""
+    if isinstance(process, pytest.Config):
+        return process.stash.setdefault(_SPENT, {})
+    found: dict[str, dict[str, float]] = getattr(process, "workeroutput", {}).get("attribution_spent", {})
+    return found
 
 
 def is_worker(config: pytest.Config) -> bool:

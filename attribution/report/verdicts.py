@@ -8,12 +8,13 @@ from typing import TypeAlias
 
 from attribution.claims.judge import Verdict
 from attribution.report.table import Column, Table
-from attribution.wording import pluralize
+from attribution.wording import duration, pluralize
 
 __all__ = [
     "STATUSES",
     "VERDICT_COLUMNS",
     "VerdictRow",
+    "longest_lines",
     "shown_columns",
     "status_of",
     "table_of_rows",
@@ -35,6 +36,9 @@ VERDICT_COLUMNS = (
     Column("note", "words"),
 )
 """What a table says about a claim."""
+
+# Experiments that are named as those that took longest, in a run that took longer than so many seconds.
+_LONGEST, _LONG = 5, 300
 
 STATUSES = ("supported", "refuted", "inconclusive")
 
@@ -123,3 +127,19 @@ def shown_columns(rows: Sequence[VerdictRow], every_row: Sequence[VerdictRow]) -
         for column in VERDICT_COLUMNS
         if any(row[column.heading] for row in rows) and not (one_method and column.heading == "method")
     )
+
+
+def longest_lines(spent: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return lines that say what took longest.
+
+    Args:
+        spent: Seconds by model and experiment.
+    """
+    every = sorted(
+        ((seconds, f"{model}: {what}") for model, own in spent.items() for what, seconds in own.items()), reverse=True
+    )
+    total = sum(seconds for seconds, _ in every)
+    if total < _LONG:
+        return []
+    lines = ["", f"What took longest of {duration(total)} of experiments:"]
+    return lines + [f"  {duration(seconds):>11}  {seconds / total:4.0%}  {what}" for seconds, what in every[:_LONGEST]]

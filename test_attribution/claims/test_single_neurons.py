@@ -283,7 +283,7 @@ def _faked(
 ) -> Workbench:
     """A bench on which the neuron at a place of all scores its place and has these effects."""
 
-    def outcomes(_: Any, questions: Any, variants: Any) -> tuple[list[Outcome], list[int]]:
+    def outcomes(_: Any, questions: Any, variants: Any, progress: Any) -> tuple[list[Outcome], list[int]]:
         falls = [total(record.layer * FFN + record.index) for (record,) in variants]
         return [Outcome(1, 1.0, 1.0, -fall) for fall in falls], [1] * len(falls)
 

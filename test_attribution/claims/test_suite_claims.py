@@ -21,10 +21,8 @@ from attribution.claims.about_methods.common import METHOD
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict, decide
 from attribution.claims.sample import Sample
-from attribution.engine.batching import batches_of
-from attribution.engine.methods import METHODS, Method, method_named
+from attribution.engine.methods import METHODS, Method
 from attribution.engine.metrics import Outcome
-from attribution.engine.ranking import all_candidates
 from attribution.experiments.edited_copies import zeroed_parameters
 from attribution.models.registry import METHOD_FAMILIES
 from attribution.prompts.knowledge import CATEGORIES, Knowledge, Prompt
@@ -190,7 +188,9 @@ def test_controls_of_the_same_layers_are_others_and_as_many_of_each(
     seen: list[list[list[Component]]] = []
     outcomes = query_neurons.outcomes
     monkeypatch.setattr(
-        query_neurons, "outcomes", lambda model, asked, neurons: seen.append(neurons) or outcomes(model, asked, neurons)
+        query_neurons,
+        "outcomes",
+        lambda model, asked, neurons, **_: seen.append(neurons) or outcomes(model, asked, neurons),
     )
     verdict_of(QUERIES_AND_LAYERS, bench, metric="logp")
     chosen, controls = seen
@@ -338,7 +338,7 @@ def test_heads_are_those_of_the_largest_mean_score_in_the_other_half() -> None:
 
 
 def test_scores_of_heads_are_those_of_their_ranking(bench: Workbench) -> None:
-    scores = specificity._head_scores(bench, METHOD, [0, 3])
+    scores = bench.scores(METHOD, "head", [bench.sample.questions[place] for place in (0, 3)])
     for row, place in enumerate((0, 3)):
         ranking = _best(bench, place, "head", 12)
         for head, score in zip(ranking.neurons, ranking.scores.tolist(), strict=True):
@@ -351,11 +351,11 @@ def _known_heads(monkeypatch: pytest.MonkeyPatch, bench: Workbench, left: dict[s
     category_of = {prompt.text: prompt.category for prompt in bench.prompts}
     heads = bench.model.anatomy.heads
 
-    def scores(bench: Workbench, method: str, indices: list[int]) -> Any:
-        best = [(names.index(bench.prompts[place].category) + shift) % len(names) for place in indices]
+    def scores(bench: Workbench, method: str, unit: str, questions: list[Any]) -> Any:
+        best = [(names.index(category_of[question.text]) + shift) % len(names) for question in questions]
         return np.eye(12)[best]
 
-    def outcomes(model: at.Model, questions: list[Any], variants: list[list[Any]]) -> Any:
+    def outcomes(model: at.Model, questions: list[Any], variants: list[list[Any]], progress: Any) -> Any:
         found = []
         for question, (head,) in zip(questions, variants, strict=True):
             own, other = category_of[question.text], names[head.layer * heads + head.head]
@@ -363,7 +363,7 @@ def _known_heads(monkeypatch: pytest.MonkeyPatch, bench: Workbench, left: dict[s
             found.append(Outcome(1, left[kind], left[kind], left[kind]))
         return found, []
 
-    monkeypatch.setattr(specificity, "_head_scores", scores)
+    monkeypatch.setattr(Workbench, "scores", scores)
     monkeypatch.setattr(specificity, "outcomes", outcomes)
     bench.before = {metric: np.ones(len(bench.prompts)) for metric in ("mrr", "prob", "logp")}
 
@@ -415,26 +415,34 @@ def test_zeroed_heads_leave_what_edited_weights_leave(bench: Workbench) -> None:
     assert np.ptp(expected) > 100 * ROUNDING
 
 
+# What experiments took
+
+
+def test_an_experiment_is_charged_for_its_own_time_alone(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.0, 11.0, 100.0])
+    monkeypatch.setattr("attribution.claims.bench.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(bench, "spent", {})
+    with bench._timed("outer"), bench._timed("inner"):
+        pass
+    assert bench.spent == {"inner": 10.0, "outer": 90.0}
+
+
 # Sufficiency
 
 
 @pytest.mark.parametrize("unit", ["ffn", "attention"])
 def test_first_vectors_are_those_of_the_whole_ranking_each_once(bench: Workbench, unit: Any) -> None:
-    scorer = method_named(METHOD, unit)
-    ((rows, batch),) = batches_of(bench.model, bench.sample.questions[:2])
-    found = all_candidates(
-        bench.model, [bench.sample.questions[row] for row in rows], batch, {unit: [scorer]}, seed=0, steps=1
-    )
-    for row, candidates in zip(rows, found, strict=True):
-        whole = _best(bench, row, unit, len(candidates[unit])).neurons
+    for row, scores in enumerate(bench.all_scores(METHOD, unit, bench.sample.questions[:2])):
+        whole = _best(bench, row, unit, len(scores.values)).neurons
         if unit == "ffn":
             order = [neuron.layer * 48 + neuron.index for neuron in whole]
         else:
             size = bench.model.anatomy.head_dim
             order = [(neuron.layer * 4 + neuron.head) * size + neuron.dim for neuron in whole]
         distinct = list(dict.fromkeys(order))
-        for number in (1, 7, 40, len(distinct) - 1, len(distinct)):
-            assert sufficiency.first_vectors(candidates[unit], scorer, number) == distinct[:number]
+        numbers = [1, 7, 40, len(distinct) - 1, len(distinct)]
+        for number, found in zip(numbers, scores.first_vectors(numbers), strict=True):
+            assert set(found.tolist()) == set(distinct[:number])
 
 
 def _recorded(
@@ -446,11 +454,10 @@ def _recorded(
     kept_of: dict[str, dict[str, Any]] = {}
     kept = sufficiency._kept
 
-    def remembered(found: Any, questions: Any, *arguments: Any) -> Any:
-        masks = kept(found, questions, *arguments)
+    def remembered(bench: Any, questions: Any, *arguments: Any) -> Any:
+        masks = kept(bench, questions, *arguments)
         for unit, mask in masks.items():
-            shaped = mask.unflatten(0, (len(questions), 2, len(ON_KEPT.SHARES)))
-            for question, own in zip(questions, shaped, strict=True):
+            for question, own in zip(questions, mask, strict=True):
                 kept_of.setdefault(question.text, {})[unit] = own
         return masks
 

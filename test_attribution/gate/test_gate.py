@@ -701,6 +701,12 @@ def test_name_may_be_left_out_where_there_is_one_stored_run(tmp_path: Path) -> N
     save(tmp_path, "other", BEFORE, update=False)
     with pytest.raises(BadInputError, match=r"there are 2 \(main, other\); name one: --attribution-compare=NAME"):
         stored_run_named(tmp_path, "")
+    with pytest.raises(BadInputError, match="there are 2"):
+        stored_run_named(tmp_path, "", BEFORE.models.keys())
+    path_of(tmp_path, "other").unlink()
+    save(tmp_path, "other", _run(_measured(model="another")), update=False)
+    assert stored_run_named(tmp_path, "", BEFORE.models.keys()) == "main"
+    assert stored_run_named(tmp_path, "", ["another"]) == "other"
     assert stored_run_named(tmp_path, "third") == "third"
     with pytest.raises(BadInputError, match=r"no stored run 'third' in .* \(there: main, other\)"):
         read(tmp_path, "third")

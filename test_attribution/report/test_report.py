@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attribution.claims.judge import Claim, Status, Verdict
-from attribution.report.verdicts import verdict_row, verdict_table
+from attribution.report.verdicts import longest_lines, verdict_row, verdict_table
 
 CLAIM = Claim("top 10", "a sentence", "ours", "an effect", "above", 0, "a control", method="mine")
 VERDICT = Verdict(CLAIM, "bundled:gpt2", Status.SUPPORTED, 0.5, 0.25, 0.75, 300, 100)
@@ -45,3 +45,16 @@ def test_exact_number_is_followed_by_its_bound() -> None:
 
 def test_run_that_only_reports_has_no_empty_table_above() -> None:
     assert verdict_table([_row(asserted=False)]).splitlines()[1] == "reported, not asserted"
+
+
+def test_a_long_run_says_what_took_longest() -> None:
+    spent = {"small": {"a": 100.0, "b": 300.0, "c": 2.0}, "large": {"a": 4000.0, "d": 1.0, "e": 0.5, "f": 0.25}}
+    assert longest_lines(spent)[1:5] == [
+        "What took longest of 1 h 13 min of experiments:",
+        "    1 h 7 min   91%  large: a",
+        "        5 min    7%  small: b",
+        "        2 min    2%  small: a",
+    ]
+    assert len(longest_lines(spent)) == 7
+    assert longest_lines({"small": {"a": 200.0}}) == []
+    assert longest_lines({}) == []

@@ -78,7 +78,10 @@ def left_without_query_neurons(bench: Workbench, method: str) -> dict[str, dict[
     questions = [bench.sample.questions[place] for place in bench.sample.subset(PROMPTS)]
     chosen = query_neurons_of(bench, method)
     arms = {"query": chosen, "same layers": _of_the_same_layers(bench, chosen, bench.seed)}
-    return {name: by_metric(outcomes(bench.model, questions, neurons)[0]) for name, neurons in arms.items()}
+    bar = bench.bar("ablation of query neurons")
+    return {
+        name: by_metric(outcomes(bench.model, questions, neurons, progress=bar)[0]) for name, neurons in arms.items()
+    }
 
 
 def _left_by_random(bench: Workbench, seed: int, metric: str) -> npt.NDArray[np.float64]:

@@ -21,18 +21,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attribution.claims.about_methods.common import BASELINES, NO_FFN, STEPS, rank_correlation
+from attribution.claims.about_methods.common import BASELINES, NO_FFN, rank_correlation
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
-from attribution.engine.batching import batches_of
 from attribution.engine.importance import Candidates
 from attribution.engine.methods import METHODS, method_named, score_candidates
 from attribution.engine.metrics import by_metric
 from attribution.engine.projection import model_logits
-from attribution.engine.ranking import all_candidates
-from attribution.engine.top_k import top_k
-from attribution.engine.trace import read_activations
 from attribution.models.norms import frozen_scale
 from attribution.records import Component
 
@@ -134,27 +130,28 @@ def samples(bench: Workbench, method: str) -> list[SampledNeurons]:
     if not indices:
         return []
     questions = [bench.sample.questions[place] for place in indices]
-    scorer, compared = method_named(method, "ffn"), [method_named(name, "ffn") for name in COMPARED]
-    drawn: dict[int, SampledNeurons] = {}
-    for rows, batch in batches_of(model, questions):
-        part = [questions[row] for row in rows]
-        ranked = all_candidates(model, part, batch, {"ffn": [scorer]}, seed=bench.seed, steps=STEPS)
-        final = read_activations(model, batch, logits=False).resid_final
-        for row, by_unit, state in zip(rows, ranked, final, strict=True):
-            candidates = by_unit["ffn"]
-            order = top_k(candidates, scorer, None).indices
-            # Another seed than that of the random scores, which are drawn anew from theirs.
-            chosen = candidates.take(order[sampled_ranks(len(order), candidates.seed + 1)])
-            drawn[row] = SampledNeurons(
+    compared = [method_named(name, "ffn") for name in (method, *COMPARED)]
+    drawn: list[SampledNeurons] = []
+    for scores, state in zip(bench.all_scores(method, "ffn", questions), bench.final_states(questions), strict=True):
+        total = len(scores.values)
+        # Another seed than that of the random scores, which are drawn anew from theirs.
+        ranks = sampled_ranks(total, scores.candidates.seed + 1)
+        lowest = [total - 1 - place for place in range(min(TOP, total))]
+        ranked = scores.at([*ranks, *lowest])
+        chosen = scores.candidates.afresh().take(ranked[: len(ranks)])
+        drawn.append(
+            SampledNeurons(
                 records=tuple(chosen.records(torch.arange(len(chosen)))),
-                scores={each.name: score_candidates(each, chosen).numpy(force=True) for each in (scorer, *compared)},
+                scores={each.name: score_candidates(each, chosen).numpy(force=True) for each in compared},
                 total=np.empty(0),
                 direct=direct_effects(chosen, state).numpy(force=True),
-                lowest=tuple(candidates.records(order.flip(0)[:TOP])),
+                lowest=tuple(scores.candidates.records(ranked[len(ranks) :])),
             )
+        )
     # All prompts together: the reruns of one would not fill a forward pass.
     jobs = [(row, record) for row in range(len(questions)) for record in drawn[row].records]
-    after, _ = outcomes(model, [questions[row] for row, _ in jobs], [[record] for _, record in jobs])
+    bar = bench.bar("neurons one by one")
+    after, _ = outcomes(model, [questions[row] for row, _ in jobs], [[record] for _, record in jobs], progress=bar)
     sizes = [len(drawn[row].records) for row in range(len(questions))]
     left = np.split(by_metric(after)["logp"], np.cumsum(sizes)[:-1])
     before = bench.before["logp"]

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from attribution.claims.about_methods.common import PROMPTS, STEPS, budget_of
+from attribution.claims.about_methods.common import PROMPTS, budget_of
 from attribution.claims.about_methods.query_neurons import query_budget, query_neurons_of, strongest
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
-from attribution.engine.batching import batches_of
-from attribution.engine.methods import METHODS, method_named
+from attribution.engine.methods import METHODS
 from attribution.engine.metrics import by_metric
-from attribution.engine.ranking import all_candidates
-from attribution.engine.top_k import top_k
 from attribution.records import Component, Head, unit_named
 
 __all__ = [
@@ -125,7 +122,8 @@ def _paired(bench: Workbench, method: str, chosen: str) -> _Paired:
     rows = sorted(partner)
     questions = [bench.sample.questions[indices[row]] for row in rows]
     arms = ([ranked[row] for row in rows], [ranked[partner[row]] for row in rows])
-    left = [by_metric(outcomes(bench.model, questions, neurons)[0]) for neurons in arms]
+    bar = bench.bar(f"ablation of {chosen}, one's own and another's")
+    left = [by_metric(outcomes(bench.model, questions, neurons, progress=bar)[0]) for neurons in arms]
     return _Paired([indices[row] for row in rows], *left)
 
 
@@ -200,30 +198,18 @@ class HeadsLeft:
     distinct: int
 
 
-def _head_scores(bench: Workbench, method: str, indices: Sequence[int]) -> npt.NDArray[np.float64]:
-    """Return the score of each head on each prompt, (prompts, layers * heads)."""
-    anatomy, scorer = bench.model.anatomy, method_named(method, "head")
-    scores = np.zeros((len(indices), anatomy.layers * anatomy.heads))
-    questions = [bench.sample.questions[place] for place in indices]
-    for rows, batch in batches_of(bench.model, questions):
-        part = [questions[row] for row in rows]
-        found = all_candidates(bench.model, part, batch, {"head": [scorer]}, seed=bench.seed, steps=STEPS)
-        for row, candidates in zip(rows, found, strict=True):
-            every = top_k(candidates["head"], scorer, None)
-            scores[row, every.indices.cpu()] = every.scores.cpu()
-    return scores
-
-
 @measured_once
 def left_without_heads(bench: Workbench, method: str) -> HeadsLeft:
     """Return what is left when the heads of every category are zeroed in every prompt."""
     indices, anatomy = bench.sample.subset(PROMPTS), bench.model.anatomy
     categories = [bench.prompts[place].category for place in indices]
     number = max(1, round(_HEAD_SHARE * anatomy.layers * anatomy.heads))
-    chosen = chosen_heads(_head_scores(bench, method, indices), categories, number, bench.seed)
+    scores = bench.scores(method, "head", [bench.sample.questions[place] for place in indices])
+    chosen = chosen_heads(scores, categories, number, bench.seed)
     jobs = [(row, name) for row, by_category in enumerate(chosen) for name in by_category]
     heads = [[Head(*divmod(head, anatomy.heads)) for head in chosen[row][name]] for row, name in jobs]
-    after = by_metric(outcomes(bench.model, [bench.sample.questions[indices[row]] for row, _ in jobs], heads)[0])
+    asked, bar = [bench.sample.questions[indices[row]] for row, _ in jobs], bench.bar("ablation of heads")
+    after = by_metric(outcomes(bench.model, asked, heads, progress=bar)[0])
     rows = np.array([row for row, _ in jobs], dtype=np.intp)
     kinds = np.array([_kind(categories[row], name) for row, name in jobs], dtype=str)
     counts, left = {}, {}

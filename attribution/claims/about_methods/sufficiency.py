@@ -18,81 +18,46 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attribution.claims.about_methods.common import METRIC_NAMES, STEPS
+from attribution.claims.about_methods.common import METRIC_NAMES
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import Means, reference_of
 from attribution.engine.batching import batches_of
-from attribution.engine.importance import Candidates
-from attribution.engine.methods import METHODS, Method, method_named
+from attribution.engine.methods import METHODS
 from attribution.engine.metrics import by_metric, measure_each
 from attribution.engine.questions import Question
-from attribution.engine.ranking import all_candidates
-from attribution.engine.top_k import top_k
 from attribution.engine.trace import Edits, rerun
 from attribution.records import Unit
 
-__all__ = ["PROMPTS", "first_vectors", "lead_over_random_neurons", "share_left", "units_kept"]
+__all__ = ["PROMPTS", "lead_over_random_neurons", "share_left", "units_kept"]
 
 PROMPTS = 50
-"""Half of all neurons have to be ranked, which takes many times longer than finding the first few hundred."""
+"""All neurons have to be scored, which takes many times longer than finding the first few hundred."""
 
 _UNITS: tuple[Unit, ...] = ("attention", "ffn")
 _NO_NEURONS = NotApplicable("the method does not score neurons")
-# Neurons of a dimension rank apart: about so many have to be ranked for one dimension, found by doubling where not.
-_RANKED = 4
-
-
-def first_vectors(candidates: Candidates, method: Method, number: int) -> list[int]:
-    """Return the vectors of a method's first neurons, each once, in the order in which they come up.
-
-    Args:
-        candidates: All neurons of a unit for one prompt.
-        method: The method.
-        number: How many vectors; all when there are fewer.
-
-    Returns:
-        Places of the vectors among those of all layers.
-    """
-    vectors = candidates.table.offsets[candidates.sublayer_index] + candidates.row
-    each_neuron = len(candidates) == _vectors(candidates)
-    k = min(len(candidates), number if each_neuron else _RANKED * number)
-    while True:
-        found = list(dict.fromkeys(vectors[top_k(candidates, method, k).indices].tolist()))
-        if len(found) >= number or k == len(candidates):
-            return found[:number]
-        k = min(len(candidates), 2 * k)
-
-
-def _vectors(candidates: Candidates) -> int:
-    return sum(candidates.table.sizes)
 
 
 def _kept(
-    found: Sequence[dict[Unit, Candidates]],
-    questions: Sequence[Question],
-    units: Sequence[Unit],
-    method: str,
-    shares: Sequence[float],
-    seed: int,
+    bench: Workbench, questions: Sequence[Question], units: Sequence[Unit], method: str, shares: Sequence[float]
 ) -> dict[Unit, Tensor]:
     """Return what each variant keeps: per prompt the method's shares, then random ones of the same sizes.
 
     Returns:
-        Unit to (prompts * 2 * shares, vectors).
+        Unit to (prompts, 2, shares, vectors).
     """
     kept: dict[Unit, Tensor] = {}
     for unit in units:
-        scorer, total = method_named(method, unit), _vectors(found[0][unit])
+        every = bench.all_scores(method, unit, questions)
+        total = sum(every[0].candidates.table.sizes)
         numbers = [round(share * total) for share in shares]
-        kept[unit] = torch.zeros(len(found), 2, len(shares), total, dtype=torch.bool)
-        for row, (candidates, question) in enumerate(zip(found, questions, strict=True)):
-            rng = np.random.default_rng([question.seed(seed), _UNITS.index(unit)])
-            orders = (first_vectors(candidates[unit], scorer, max(numbers)), rng.permutation(total).tolist())
-            for arm, order in enumerate(orders):
-                for place, number in enumerate(numbers):
-                    kept[unit][row, arm, place, order[:number]] = True
-    return {unit: each.flatten(0, 2) for unit, each in kept.items()}
+        kept[unit] = torch.zeros(len(questions), 2, len(shares), total, dtype=torch.bool)
+        for row, (scores, question) in enumerate(zip(every, questions, strict=True)):
+            order = np.random.default_rng([question.seed(bench.seed), _UNITS.index(unit)]).permutation(total)
+            for place, (number, first) in enumerate(zip(numbers, scores.first_vectors(numbers), strict=True)):
+                kept[unit][row, 0, place, first.cpu()] = True
+                kept[unit][row, 1, place, order[:number]] = True
+    return kept
 
 
 def _all_but(kept: dict[Unit, Tensor], means: Means, layers: int) -> Edits:
@@ -117,12 +82,11 @@ def _left(
         return left
     means = reference_of(bench.model, "mean", [question.ids for question in bench.sample.questions])
     assert isinstance(means, Means)
-    wanted = {unit: [method_named(method, unit)] for unit in units}
+    variants = _kept(bench, questions, units, method, shares)
     each = 2 * len(shares)
     for rows, batch in batches_of(bench.model, questions, variants=each):
         part = [questions[row] for row in rows]
-        found = all_candidates(bench.model, part, batch, wanted, seed=bench.seed, steps=STEPS)
-        kept = _kept(found, part, units, method, shares, bench.seed)
+        kept = {unit: own[rows].flatten(0, 2) for unit, own in variants.items()}
         repeated = torch.arange(len(rows), device=batch.ids.device).repeat_interleave(each)
         edits = _all_but(kept, means, bench.model.anatomy.layers)
         logits = rerun(bench.model, batch.repeat_rows(repeated), edits)

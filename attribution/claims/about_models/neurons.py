@@ -35,6 +35,8 @@ SIDES: tuple[Side, ...] = ("value", "query")
 
 # Every neuron of these is scored, which costs as much as everything else.
 _SUMMED_PER_CATEGORY = 5
+# How far rounding may move a sum, in nats; tables show a hundredth.
+_LARGEST_ERROR = 1e-3
 _SUMS = ("all", "positive", "top 100", "top 200")
 _K = 10
 _DEPTHS = (METHOD, "log_prob", "prob_increase")
@@ -45,8 +47,9 @@ def _sums(bench: Workbench, kind: SublayerKind) -> tuple[Survey, dict[str, npt.N
     """Return sums over a kind's neurons on each prompt, in nats, (n,) each: all, positive, and the highest ones."""
     found = survey_of(bench, _SUMMED_PER_CATEGORY)
     sums: dict[str, list[float]] = {name: [] for name in _SUMS}
-    for ranking in found.rank(kind, None):
-        scores = ranking.scores.numpy()
+    questions = [bench.sample.questions[place] for place in found.indices]
+    for each in bench.all_scores(METHOD, kind, questions):
+        scores = -np.sort(-each.summed_within(_LARGEST_ERROR).numpy(force=True))
         values = (scores.sum(), scores[scores > 0].sum(), scores[:100].sum(), scores[:200].sum())
         for name, value in zip(_SUMS, values, strict=True):
             sums[name].append(float(value))

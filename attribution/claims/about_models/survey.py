@@ -14,10 +14,9 @@ import pandas as pd
 from attribution.claims.about_methods.common import METHOD
 from attribution.claims.about_methods.query_neurons import query_budget
 from attribution.claims.bench import Workbench, measured_once
-from attribution.engine.batching import Progress
 from attribution.engine.queries import QueryRanking, query
 from attribution.engine.questions import question_of
-from attribution.engine.ranking import Ranking, Search, rank_all
+from attribution.engine.ranking import Ranking
 from attribution.records import Component, Head, Layer, Unit
 
 __all__ = ["PER_CATEGORY", "Survey", "depth", "survey", "survey_of"]
@@ -74,12 +73,12 @@ class Survey:
         """Importance of each head, in nats, (n, layers * heads)."""
         return self._scores("head")
 
-    def _scores(self, unit: Unit, answers: list[str] | None = None) -> npt.NDArray[np.float64]:
-        found = np.zeros((len(self.indices), len(self.records(unit))))
-        column = {record: number for number, record in enumerate(self.records(unit))}
-        for row, ranking in enumerate(self.rank(unit, None, answers=answers)):
-            found[row, [column[record] for record in ranking.neurons]] = ranking.scores.numpy()
-        return found
+    def _scores(self, unit: Literal["head", "layer"], answers: list[str] | None = None) -> npt.NDArray[np.float64]:
+        questions = [self.bench.sample.questions[place] for place in self.indices]
+        if answers is not None:
+            texts = [self.bench.prompts[place].text for place in self.indices]
+            questions = [question_of(self.bench.model, *each) for each in zip(texts, answers, strict=True)]
+        return self.bench.scores(METHOD, unit, questions)
 
     def records(self, unit: Unit) -> list[Component]:
         """Return every layer or head, in the order of the columns above."""
@@ -106,19 +105,9 @@ class Survey:
                 rows.append((category, rank, str(self.records(unit)[place]), means[place]))
         return pd.DataFrame(rows, columns=["category", "rank", unit, column])
 
-    def rank(
-        self, unit: Unit, k: int | None, *, method: str = METHOD, answers: list[str] | None = None
-    ) -> list[Ranking]:
-        """Rank a unit on every prompt, for other answers if some are given; without first-order terms."""
-        if k is not None and answers is None:
-            return self.bench.rankings(method, unit, k, indices=self.indices)
-        model = self.bench.model
-        texts = [self.bench.prompts[place].text for place in self.indices]
-        questions = [self.bench.sample.questions[place] for place in self.indices]
-        if answers is not None:
-            questions = [question_of(model, text, answer) for text, answer in zip(texts, answers, strict=True)]
-        bar = Progress(f"{model.name} {unit} {method}", self.bench.progress)
-        return [each[method][unit] for each in rank_all(model, questions, {method: {unit: k}}, Search(), progress=bar)]
+    def rank(self, unit: Unit, k: int, *, method: str = METHOD) -> list[Ranking]:
+        """Rank a unit on every prompt; without first-order terms."""
+        return self.bench.rankings(method, unit, k, indices=self.indices)
 
     def value_neurons(self, unit: Unit) -> int:
         """How many of a unit's neurons are its value neurons: the paper's number, or all of a smaller model."""
