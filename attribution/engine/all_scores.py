@@ -30,7 +30,7 @@ _BLOCK_NUMBERS = 2**23
 _KEPT_BLOCK_NUMBERS = 2**18
 # Probabilities of several prompts that are held at a time, prompts x vocabulary: 2**24 float64 numbers are 128 MiB.
 _HELD_NUMBERS = 2**24
-# Below so many logits, vectors x vocabulary, brackets cost more than they save.
+# With fewer logits than this, vectors x vocabulary, scoring everything in float64 is faster than computing brackets.
 _WORTH_BRACKETS = 2**22
 # By how much the remainder of the series may move a score, in nats, before exponentials are summed instead.
 _LARGEST_REMAINDER = 1e-8
@@ -291,7 +291,7 @@ _Swept = Iterator[tuple[Tensor, int, Tensor, Tensor, Tensor]]
 def _of_shared_vectors(
     candidates: Sequence[Candidates], here: Sequence[Tensor], sublayer_index: int, base: Base
 ) -> _Swept:
-    """Yield which candidates, of which prompt, the first-order terms and K of their increases, and K's error."""
+    """Yield a prompt's candidates: their places, the prompt's number, first-order terms, K, and the error of K."""
     table = candidates[0].table
     written = table.every(sublayer_index)
     one = torch.ones((), dtype=torch.float64, device=written.device)
@@ -305,7 +305,7 @@ def _of_shared_vectors(
         first = coefficient * (own[rows, column] - means[rows, column])
         slip = coefficient.abs() * slip_of[rows]
         value, remainder, rounding = cumulant(moments, rows, base.column(column), coefficient, slip, base.most[column])
-        # Also what is no number, of vectors as long as no model has them.
+        # NaN, where moments of a very long vector overflow, counts as large.
         far = ~(remainder <= _LARGEST_REMAINDER)
         yield place[~far], column, first[~far], value[~far], (remainder + rounding)[~far]
         wide.append((column, place[far], rows[far], coefficient[far], first[far], slip[far]))

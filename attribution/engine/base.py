@@ -16,7 +16,6 @@ from attribution.models.norms import centre
 
 __all__ = ["Base", "bases_of", "slips"]
 
-
 # Tokens whose logits are made at a time: their rows in float64 stay in a processor's cache.
 _CHUNK_TOKENS = 1024
 
@@ -119,8 +118,8 @@ def _softmax(states: Tensor, readout: Readout, dtype: torch.dtype) -> tuple[Tens
         probs[:, part] = logits.to(dtype)
         tops.append(highest)
     logs = highest + total.log()
-    for number_, top in enumerate(tops):
-        part = slice(number_ * _CHUNK_TOKENS, (number_ + 1) * _CHUNK_TOKENS)
+    for chunk, top in enumerate(tops):
+        part = slice(chunk * _CHUNK_TOKENS, (chunk + 1) * _CHUNK_TOKENS)
         probs[:, part] *= (top - logs).exp().to(dtype)[:, None]
     return logs, probs, means / total[:, None]
 

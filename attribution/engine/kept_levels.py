@@ -1,7 +1,7 @@
 """Levels of ranks, kept: made once for the weights of a sublayer, for this process and, on disk, for later ones.
 
-They are found again by the hash of the weights that they follow from, so that a model whose weights were edited in one
-layer makes those of one sublayer anew.
+They are stored under a hash of the weights that they are computed from. After an edit of one layer, only the levels of
+that layer's sublayer are computed again.
 """
 
 from __future__ import annotations

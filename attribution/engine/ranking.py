@@ -220,11 +220,13 @@ class Search:
         seed: Seed for methods that draw random numbers.
         steps: Points on the path of integrated gradients.
         with_first_order: Return the first-order terms of the scores as well, of methods that have them.
+        exact_scores: Compute all scores of a search in float64, not only those that its order hangs on.
     """
 
     seed: int = 0
     steps: int = 20
     with_first_order: bool = False
+    exact_scores: bool = False
 
 
 def rank_all(
@@ -279,6 +281,7 @@ def rank_batch(
                 wanted[name][unit],
                 together=together[unit],
                 with_first_order=search.with_first_order,
+                exact_scores=search.exact_scores,
             )
             for question, own, chosen, into in zip(questions[part], seen[unit], best, found[part], strict=True):
                 into[name][unit] = _ranking(model, question, own, chosen, name, unit)
@@ -395,6 +398,7 @@ def attribute(
     prompts = prompts_with_answers(prompt, answer)
     questions = [question_of(model, item.text, item.answer) for item in prompts]
     # 3. Trace, bound, score and certify, batch by batch where the weights are: see rank_batch.
-    found = rank_all(model, questions, {method: {chosen: k}}, Search(seed, steps, with_first_order=True))
+    search = Search(seed, steps, with_first_order=True, exact_scores=True)
+    found = rank_all(model, questions, {method: {chosen: k}}, search)
     rankings = [each[method][chosen] for each in found]
     return rankings[0] if isinstance(prompt, str | Prompt) else rankings

@@ -7,17 +7,17 @@ unembedding once for all of them, in float32, and give brackets; float64 closes 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attribution.engine.all_scores import AllScores, block_rows, bracket
 from attribution.engine.base import Base, bases_of, slips
-from attribution.engine.importance import Candidates
+from attribution.engine.importance import Candidates, log_prob_increase
 from attribution.engine.methods import Method, Rising
 from attribution.engine.moments import summed_cumulant
-from attribution.engine.projection import behind_norm
+from attribution.engine.projection import before_softmax, behind_norm
 
 __all__ = ["MORE", "ORDERED", "Found", "Together", "least_tied"]
 
@@ -84,8 +84,15 @@ class Together:
         self.table = candidates[0].table
         self._terms: dict[bool, _Terms] = {}
 
-    def best(self, method: Method, rising: Rising, k: int) -> list[Found]:
-        """Return the k best of each prompt; k is less than there are candidates."""
+    def best(self, method: Method, rising: Rising, k: int, *, exact_scores: bool = False) -> list[Found]:
+        """Return the k best of each prompt; k is less than there are candidates.
+
+        Args:
+            method: The method.
+            rising: What it makes of an importance.
+            k: How many.
+            exact_scores: Compute the scores that are returned in float64, besides those that the order hangs on.
+        """
         terms = self._of(rising)
         searches = [
             _Search(each, method, k, *self._bounds(rising, column)) for column, each in enumerate(self.candidates)
@@ -93,7 +100,35 @@ class Together:
         while wanted := {column: index for column, each in enumerate(searches) if len(index := each.wanted())}:
             for column, brackets in self._brackets(wanted, rising, terms).items():
                 searches[column].take(wanted[column], *brackets)
-        return [each.found() for each in searches]
+        found = [each.found() for each in searches]
+        if not exact_scores:
+            return found
+        scores = self._in_float64([each.indices for each in found], rising)
+        return [replace(each, scores=own, error=0.0) for each, own in zip(found, scores, strict=True)]
+
+    def _in_float64(self, indices: Sequence[Tensor], rising: Rising) -> list[Tensor]:
+        """Return the scores of some candidates of each prompt; one product serves all prompts."""
+        table, sublayers = self.table, len(self.table.sublayers)
+        parts = [each.take(index) for each, index in zip(self.candidates, indices, strict=True)]
+        column = torch.cat([torch.full_like(index, place) for place, index in enumerate(indices)])
+        vector = torch.cat([part.vector for part in parts])
+        stream = column * sublayers + torch.cat([part.sublayer_index for part in parts])
+        coefficient = torch.cat([part.coefficient / part.scale for part in parts])
+        states = torch.cat([each.streams.states for each in self.candidates])
+        scales = torch.stack([each.scale for each in self.candidates]).repeat_interleave(sublayers)
+        one, scores = torch.ones_like(scales[0]), torch.empty_like(coefficient)
+        for block in vector.argsort().split(block_rows(self.candidates[0])):
+            vectors, at_vector = vector[block].unique(return_inverse=True)
+            streams, at_stream = stream[block].unique(return_inverse=True)
+            update = before_softmax(table.written_at(vectors), one, table.readout)[at_vector]
+            update *= coefficient[block, None]
+            logits = before_softmax(states[streams], scales[streams], table.readout)
+            log_probs = (torch.zeros_like(logits) if rising.uniform else logits).log_softmax(-1)[at_stream]
+            for place in column[block].unique().tolist():
+                own, answer = column[block] == place, self.candidates[place].answer
+                increase = log_prob_increase(log_probs[own], update[own], answer)
+                scores[block[own]] = rising.score(increase, log_probs[own, answer])
+        return list(scores.split([len(index) for index in indices]))
 
     def _of(self, rising: Rising) -> _Terms:
         if rising.uniform not in self._terms:

@@ -40,8 +40,8 @@ class Certificate:
             scored, which holds a margin for float32 rounding; infinite if all were scored. None of those left out can
             be in the top k while this exceeds ``tolerance``.
         tolerance: How far float64 rounding can move an exact score.
-        error: How far a score that is returned can be off besides. Where all are asked for, those that need no float64
-            to be put in order are computed in float32.
+        error: How far a score that is returned can be off besides: more than 0 where all are asked for, as those whose
+            order needs no float64 are computed in float32.
     """
 
     scored: int
@@ -114,7 +114,7 @@ def top_k(candidates: Candidates, method: Method, k: int | None, *, with_first_o
     Raises:
         BadInputError: If k is not between 1 and the number of candidates, or the method returns nonsense.
     """
-    (best,) = top_k_together([candidates], method, k, with_first_order=with_first_order)
+    (best,) = top_k_together([candidates], method, k, with_first_order=with_first_order, exact_scores=True)
     return best
 
 
@@ -136,6 +136,7 @@ def top_k_together(
     *,
     together: Together | None = None,
     with_first_order: bool = False,
+    exact_scores: bool = False,
 ) -> list[TopK]:
     """Return the k best candidates of each of several prompts, as :func:`top_k` does.
 
@@ -145,10 +146,11 @@ def top_k_together(
         k: How many; all of them when ``None``.
         together: The same candidates, if other methods search them as well.
         with_first_order: Return the first-order terms of the scores as well, of methods that have them.
+        exact_scores: Compute all scores that a search returns in float64, not only those that its order hangs on.
     """
     numbers = [_number(each, k) for each in candidates]
     if k is not None and method.rising is not None and searched_together(candidates, method, k):
-        searched = (together or Together(candidates)).best(method, method.rising, int(k))
+        searched = (together or Together(candidates)).best(method, method.rising, int(k), exact_scores=exact_scores)
         return [
             TopK(
                 each.indices,
@@ -163,7 +165,9 @@ def top_k_together(
     bounds = [bounds_of(each, method, k) for each in candidates]
     if all(each is None for each in bounds) or (method.rising is not None and worth_brackets(candidates[0].table)):
         scored = score_all(candidates, method, with_first_order=with_first_order)
-        return [_best_of_all(each, number) for each, number in zip(scored, numbers, strict=True)]
+        return [
+            _best_of_all(each, number, exact_scores=exact_scores) for each, number in zip(scored, numbers, strict=True)
+        ]
     return [
         _searched(each, method, number, own, with_first_order=with_first_order)
         for each, number, own in zip(candidates, numbers, bounds, strict=True)
@@ -217,10 +221,10 @@ def _number(candidates: Candidates, k: int | None) -> int:
     return total if k is None else int(k)
 
 
-def _best_of_all(scores: AllScores, k: int) -> TopK:
-    """Return the k best where all candidates are scored."""
+def _best_of_all(scores: AllScores, k: int, *, exact_scores: bool = False) -> TopK:
+    """Return the k best where all candidates are scored, with exact scores if those of fewer than all are wanted."""
     best = (scores.order() if k == len(scores.values) else scores.at(range(k)))[:k]
-    scores.close(best[scores.errors[best] > LARGEST_ERROR])
+    scores.close(best[scores.errors[best] > (0.0 if exact_scores and k < len(scores.values) else LARGEST_ERROR)])
     error = float(scores.errors[best].max()) if len(best) else 0.0
     terms = None if scores.first_order is None else scores.first_order[best]
     certificate = Certificate(len(scores.values), len(scores.values), float("inf"), scores.tolerance, error)

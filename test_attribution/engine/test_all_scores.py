@@ -197,6 +197,10 @@ def test_searches_that_share_a_product_find_what_float64_finds(k: int, name: str
             terms = METHODS[name].first_order
             assert terms is not None
             assert (found.first_order - terms(own)[right]).abs().max() <= own.tolerance
+    for exact, own in zip(top_k_together(prompts, method, k, exact_scores=True), prompts, strict=True):
+        scores = _in_float64(own, name)[exact.indices]
+        assert (exact.scores - scores).abs().max() <= own.tolerance
+        assert exact.certificate.error == 0
 
 
 def test_a_search_looks_at_few() -> None:

@@ -134,7 +134,7 @@ def samples(bench: Workbench, method: str) -> list[SampledNeurons]:
     drawn: list[SampledNeurons] = []
     for scores, state in zip(bench.all_scores(method, "ffn", questions), bench.final_states(questions), strict=True):
         total = len(scores.values)
-        # Another seed than that of the random scores, which are drawn anew from theirs.
+        # Not the seed of the random method's scores, so that the sample does not depend on them.
         ranks = sampled_ranks(total, scores.candidates.seed + 1)
         lowest = [total - 1 - place for place in range(min(TOP, total))]
         ranked = scores.at([*ranks, *lowest])
