@@ -99,8 +99,7 @@ NOT_RUN = {
 _DECOMPOSITION = "--max-prompts=2 -k test_decomposition"
 _TOP_10 = '--max-prompts=2 -k "top_10_hurts and coefficient-logp"'
 SHORTENED = {
-    # Sixty prompts decide little, and the page says so.
-    'pytest -m bundled --max-prompts=60 -k "top_10_hurts and coefficient-logp"': Run("test_faithfulness", status=1),
+    'pytest -m bundled -k "top_10_hurts and coefficient-logp"': Run("test_faithfulness"),
     'pytest test_attribution -k "qwen3"': Run("--collect-only -q --ignore-glob=*/test_[a-o]*"),
     # A stored run that is new is red; the claims of it are not.
     "pytest test_faithfulness --attribution-save=main": Run(f"--model=bundled:gpt2 {_DECOMPOSITION}", status=1),

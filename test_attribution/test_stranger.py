@@ -100,7 +100,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Stranger:
 
 def _rows(output: str) -> list[str]:
     """Return the rows of the table of verdicts, without the spaces that align them."""
-    ends = re.compile(r"^\S+ .* (supported|refuted|inconclusive)$")
+    ends = re.compile(r"^\S+ .* (supported|refuted|inconclusive|undecided: .*)$")
     return sorted(re.sub(" +", " ", line) for line in output.splitlines() if ends.match(line) and ".." in line)
 
 

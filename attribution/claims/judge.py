@@ -63,7 +63,9 @@ class Status(str, Enum):
     REFUTED = "refuted"
     """The whole interval lies where the claim says it does not."""
     INCONCLUSIVE = "inconclusive"
-    """The interval straddles the threshold, or there are too few prompts."""
+    """The interval straddles the threshold."""
+    UNDECIDED = "undecided"
+    """There are fewer prompts than the claim needs, whatever they show."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Claim:
             the absence of significance). ``"at_most"``: a number without sampling error is at most ``threshold``.
         threshold: The threshold, in the unit of the effect.
         control: What shows that the claim could have failed.
-        min_prompts: Fewer prompts make the verdict inconclusive.
+        min_prompts: Fewer prompts decide nothing.
         method: The attribution method that the claim is about; empty if it is about a model or the instrument.
         comparisons: How many claims of one family are judged together, this one included. The interval is widened so
             that the chance that any false claim of the family is supported stays what it is for one (Bonferroni).
@@ -149,8 +151,8 @@ class Verdict:
         n: Number of prompts.
         facts: Number of facts behind them, the units of resampling.
         seed: Seed of the measurement's random draws, or ``None`` if it has none.
-        needed: About how many prompts would decide an inconclusive claim, if the effect is what it seems;
-            ``None`` if it is decided or no number would.
+        needed: How many prompts an undecided claim needs, and about how many would decide an inconclusive one if the
+            effect is what it seems; ``None`` if it is decided or no number would.
         evidence: What was measured, prompt by prompt.
         note: What a table says beside the verdict, such as what the measurement cost.
     """
@@ -168,6 +170,11 @@ class Verdict:
     evidence: Evidence | None = field(default=None, repr=False)
     note: str = ""
 
+    def in_words(self) -> str:
+        """Return the status; of an undecided claim with how many prompts it has, and how many it needs."""
+        counted = f": {self.n} of {self.needed} prompts" if self.status is Status.UNDECIDED else ""
+        return self.status.value + counted
+
     def sentence(self) -> str:
         """Return what was claimed, what was measured, and what to do about it."""
         claim = self.claim
@@ -177,7 +184,7 @@ class Verdict:
             "at_most": f"at most {claim.threshold:g}",
         }[claim.test]
         text = (
-            f"{self.status.value}: {claim.sentence} ({claim.source}) on {self.model}: {claim.effect} is "
+            f"{self.in_words()}: {claim.sentence} ({claim.source}) on {self.model}: {claim.effect} is "
             f"{self.effect:.4g} [{self.low:.4g}, {self.high:.4g}], expected {wanted}; n = {self.n} prompts of "
             f"{self.facts} facts; control: {claim.control}."
         )
@@ -329,8 +336,6 @@ def decide(claim: Claim, low: float, high: float) -> Status:
 
 def _needed(claim: Claim, effect: float, low: float, high: float, n: int) -> int | None:
     """Return about how many prompts would decide: an interval's width falls with the square root of n."""
-    if n < claim.min_prompts:
-        return claim.min_prompts
     if claim.test == "above":
         room, width = effect - claim.threshold, effect - low
     else:
@@ -387,15 +392,20 @@ def judge(
     if len(names) < 2:
         nothing = float("nan")
         return Verdict(
-            claim, model, Status.INCONCLUSIVE, nothing, nothing, nothing, len(values), len(names), seed,
+            claim, model, Status.UNDECIDED, nothing, nothing, nothing, len(values), len(names), seed,
             max(claim.min_prompts, 2), evidence,
         )  # fmt: skip
     numerators, denominators = (np.bincount(cluster, part).astype(np.float64) for part in (values, weights))
     effect = float(numerators.sum() / denominators.sum())
     size = float(np.bincount(cluster).max())
     low, high = (float(end) for end in interval(numerators, denominators, claim.confidence, claim.effect_bounds, size))
-    status = Status.INCONCLUSIVE if len(values) < claim.min_prompts else decide(claim, low, high)
-    needed = _needed(claim, effect, low, high, len(values)) if status is Status.INCONCLUSIVE else None
+    needed = None
+    if len(values) < claim.min_prompts:
+        status, needed = Status.UNDECIDED, claim.min_prompts
+    else:
+        status = decide(claim, low, high)
+        if status is Status.INCONCLUSIVE:
+            needed = _needed(claim, effect, low, high, len(values))
     return Verdict(claim, model, status, effect, low, high, len(values), len(names), seed, needed, evidence)
 
 
@@ -415,11 +425,11 @@ def judge_exact(claim: Claim, *, model: str, effect: float, n: int, facts: int) 
         claim: The claim; its test is ``"at_most"``.
         model: The model's name.
         effect: The number; NaN refutes.
-        n: How many prompts it covers; 0 is inconclusive.
+        n: How many prompts it covers; 0 decide nothing.
         facts: How many facts are behind them.
     """
     if n < max(claim.min_prompts, 1):
         needed = max(claim.min_prompts, 1)
-        return Verdict(claim, model, Status.INCONCLUSIVE, effect, effect, effect, n, facts, None, needed)
+        return Verdict(claim, model, Status.UNDECIDED, effect, effect, effect, n, facts, None, needed)
     status = Status.SUPPORTED if effect <= claim.threshold else Status.REFUTED
     return Verdict(claim, model, status, effect, effect, effect, n, facts)

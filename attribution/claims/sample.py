@@ -13,8 +13,15 @@ from attribution.experiments.selection_rule import known_prompts, one_token_word
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Knowledge, Prompt
 from attribution.prompts.tokens import answer_tokens
+from attribution.records import Unit
 
-__all__ = ["Sample"]
+__all__ = ["SCORED_IN_FULL", "SCORED_OF_CATEGORY", "Sample"]
+
+SCORED_IN_FULL: dict[Unit, int] = {"ffn": 100, "attention": 50}
+"""Prompts on which all neurons of a unit are scored where a claim is about all prompts."""
+
+SCORED_OF_CATEGORY = 5
+"""Prompts of each category on which all neurons are scored where a claim is about categories."""
 
 
 class Sample:
@@ -47,7 +54,26 @@ class Sample:
     @cached_property
     def known(self) -> list[Prompt]:
         """The prompts that the model answers correctly by the selection rule."""
-        return [prompt for prompt in self.knowledge.prompts if prompt in self._kept]
+        found = [prompt for prompt in self.knowledge.prompts if prompt in self._kept]
+        self.progress.say(self.in_words(found))
+        return found
+
+    def in_words(self, known: Sequence[Prompt] | None = None) -> str:
+        """Return how many prompts and facts the model knows, in all and by category."""
+        known = self.known if known is None else known
+
+        def counted(category: str | None = None) -> str:
+            own, every = (
+                [prompt for prompt in prompts if category in (None, prompt.category)]
+                for prompts in (known, self.knowledge.prompts)
+            )
+            prompts, facts = (
+                f"{len(part)} of {len(whole)}"
+                for part, whole in ((own, every), ({each.fact for each in own}, {each.fact for each in every}))
+            )
+            return f"{prompts} prompts, {facts} facts" if category is None else f"{category} {prompts} ({facts})"
+
+        return f"{self.model.name} knows {counted()}: {', '.join(map(counted, self.knowledge.words))}"
 
     @cached_property
     def known_with_swapped_answers(self) -> list[Prompt]:
@@ -108,6 +134,19 @@ class Sample:
     def subset(self, size: int) -> list[int]:
         """Return the indices of at most ``size`` of :attr:`prompts`, drawn by hash, ascending: for costly claims."""
         return sorted(self.draw_order[:size])
+
+    def of_each_category(self, number: int) -> list[int]:
+        """Return the indices of at most so many of :attr:`prompts` of each category, drawn by hash."""
+        order = {place: rank for rank, place in enumerate(self.draw_order)}
+        indices: list[int] = []
+        for category in dict.fromkeys(prompt.category for prompt in self.prompts):
+            own = [place for place, prompt in enumerate(self.prompts) if prompt.category == category]
+            indices += sorted(sorted(own, key=lambda place: order[place])[:number])
+        return indices
+
+    def scored_in_full(self, unit: Unit) -> list[int]:
+        """Return the indices of the prompts on which any claim wants the scores of all neurons of a unit."""
+        return sorted({*self.subset(SCORED_IN_FULL[unit]), *self.of_each_category(SCORED_OF_CATEGORY)})
 
     def regardless_of_knowledge(self) -> Sample:
         """Return the sample of all prompts with an answer of one token, whether or not the model knows them."""

@@ -38,6 +38,11 @@ class Progress:
     stream: TextIO | None = None
     lines: bool = False
 
+    def say(self, line: str) -> None:
+        """Show a line, if anything is shown."""
+        if self.shown:
+            print(f"attribution: {line}", file=self.stream or sys.stderr, flush=True)
+
     @contextmanager
     def over(self, total: int, of: str) -> Iterator[Callable[[int], object]]:
         """Give a function to call with how many are done besides, of so many of something, such as ``"prompt"``."""

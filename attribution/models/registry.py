@@ -65,7 +65,7 @@ KNOWLEDGE_FAMILIES = (
 
 FAMILIES = METHOD_FAMILIES + KNOWLEDGE_FAMILIES
 
-_STATUSES = ("refuted", "inconclusive")
+_STATUSES = ("refuted", "inconclusive", "undecided")
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _entry(name: str, table: Any, where: str) -> Entry:
             raise BadInputError(f"{where}: asserted names {family!r}; use some of {', '.join(FAMILIES)}.")
     for claim, status in given.not_supported.items():
         if status not in _STATUSES:
-            raise BadInputError(f"{where}: not_supported[{claim!r}] is {status!r}; use {' or '.join(_STATUSES)}.")
+            raise BadInputError(f"{where}: not_supported[{claim!r}] is {status!r}; use one of {', '.join(_STATUSES)}.")
     for unit, number in given.value_neurons.items():
         if unit not in ("attention", "ffn") or not isinstance(number, int) or number < 1:
             raise BadInputError(

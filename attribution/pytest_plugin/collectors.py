@@ -14,7 +14,7 @@ import pytest
 from attribution.errors import AttributionError
 from attribution.pytest_plugin.chosen_models import models_of_the_run
 from attribution.pytest_plugin.outcome import fail_run
-from attribution.pytest_plugin.session import spent_by
+from attribution.pytest_plugin.session import kept_by
 from attribution.wording import pluralize
 
 if TYPE_CHECKING:
@@ -38,18 +38,22 @@ def _loaded(report: pytest.TestReport) -> dict[str, str]:
     return {name: text for what, value in report.user_properties if what == LOADED for name, text in value.items()}  # type: ignore[attr-defined]
 
 
+def _known(config: pytest.Config) -> list[str]:
+    """Return what each model knows, in words."""
+    return [facts["knows"] for _, facts in sorted(kept_by(config).items()) if facts["knows"]]
+
+
 class VerdictTable:
     """Collects verdicts from the reports of tests, in the order they come in, and prints them at the end."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, str]] = []
         self._loaded: dict[str, str] = {}
-        self._spent: dict[str, dict[str, float]] = {}
 
     # Known only where pytest-xdist is.
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self._spent.update(spent_by(node))
+        kept_by(node.config).update(kept_by(node))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
@@ -61,13 +65,12 @@ class VerdictTable:
             return
         from attribution.report.verdicts import longest_lines, verdict_table
 
+        kept = kept_by(terminalreporter.config)
         terminalreporter.section("attribution: claims and verdicts")
-        for name in sorted(self._loaded):
-            terminalreporter.write_line(self._loaded[name])
-        if self._loaded:
-            terminalreporter.write_line("")
-        terminalreporter.write_line(verdict_table(self._rows).lstrip("\n"))
-        for line in longest_lines({**self._spent, **spent_by(terminalreporter.config)}):
+        lines = [*(self._loaded[name] for name in sorted(self._loaded)), *_known(terminalreporter.config)]
+        lines += [""] if lines else []
+        lines.append(verdict_table(self._rows).lstrip("\n"))
+        for line in [*lines, *longest_lines({model: facts["spent"] for model, facts in kept.items()})]:
             terminalreporter.write_line(line)
 
 
@@ -111,7 +114,8 @@ class Report:
 
         exhibits = list(self._exhibits.values())
         try:
-            write_report(self._folder, self._rows, exhibits, run_header(self._rows, exhibits, self._loaded))
+            header = run_header(self._rows, exhibits, self._loaded, _known(session.config))
+            write_report(self._folder, self._rows, exhibits, header)
         except OSError as error:
             self._line = f"report: not written ({error})"
             fail_run(session)

@@ -24,12 +24,12 @@ class ClaimOutcome:
     """What the verdict on a claim does to its test.
 
     Attributes:
-        kind: ``"reported"`` and ``"green"`` let the test pass, ``"expected failure"`` makes it ``xfail``, ``"red"``
-            fails it.
-        sentence: Why a test fails or is expected to; empty if it passes.
+        kind: ``"reported"`` and ``"green"`` let the test pass, ``"undecided"`` skips it, ``"expected failure"`` makes
+            it ``xfail``, ``"red"`` fails it.
+        sentence: Why a test does not pass; empty if it does.
     """
 
-    kind: Literal["reported", "green", "expected failure", "red"]
+    kind: Literal["reported", "green", "undecided", "expected failure", "red"]
     sentence: str = ""
 
 
@@ -48,7 +48,7 @@ def is_binding(claim: Claim, entry: Entry, *, assert_all: bool, bundled_prompts:
 
 
 def outcome_of_claim(
-    status: str, sentence: str, *, binding: bool, recorded: str | None, policy: Policy
+    status: str, sentence: str, *, binding: bool, recorded: str | None, policy: Policy, look: bool = False
 ) -> ClaimOutcome:
     """Decide what a verdict does to its test; the first rule that applies decides.
 
@@ -58,7 +58,10 @@ def outcome_of_claim(
         binding: Whether the claim is binding, see :func:`is_binding`.
         recorded: The status that the registry expects; ``None`` if it records none.
         policy: What the run's options say.
+        look: Whether the run asks fewer prompts than there are and asserts nothing: too few prompts are not red then.
     """
+    if status == "undecided" and (look or not binding):
+        return ClaimOutcome("undecided", sentence)
     if not binding:
         return ClaimOutcome("reported")
     if status == recorded:

@@ -16,15 +16,17 @@ __all__ = [
     "chosen_categories",
     "is_gated",
     "is_worker",
-    "keep_spent",
+    "keep",
     "keep_terminal",
-    "spent_by",
+    "kept_by",
     "terminal",
 ]
 
 
 OWN_PROMPTS: pytest.StashKey[Knowledge] = pytest.StashKey()
-_SPENT: pytest.StashKey[dict[str, dict[str, float]]] = pytest.StashKey()
+_KEPT: pytest.StashKey[dict[str, dict[str, Any]]] = pytest.StashKey()
+# What a worker sends it by.
+_SENT = "attribution_kept"
 _TERMINAL: pytest.StashKey[TextIO] = pytest.StashKey()
 
 
@@ -44,18 +46,18 @@ def terminal(config: pytest.Config) -> TextIO | None:
     return config.stash.get(_TERMINAL, None)
 
 
-def keep_spent(config: pytest.Config, model: str, spent: Mapping[str, float]) -> None:
-    """Keep how many seconds each experiment about a model took, for :func:`spent_by`; a worker sends it on."""
+def keep(config: pytest.Config, model: str, facts: Mapping[str, Any]) -> None:
+    """Keep what a bench has found out about a model, by name, for :func:`kept_by`; a worker sends it on."""
     sent: dict[str, Any] | None = getattr(config, "workeroutput", None)
-    kept = spent_by(config) if sent is None else sent.setdefault("attribution_spent", {})
-    kept[model] = dict(spent)
+    kept = kept_by(config) if sent is None else sent.setdefault(_SENT, {})
+    kept[model] = dict(facts)
 
 
-def spent_by(process: Any) -> dict[str, dict[str, float]]:
+def kept_by(process: Any) -> dict[str, dict[str, Any]]:
     """Return what was kept by the process that writes, given its config, or by a worker, given its node: by model."""
     if isinstance(process, pytest.Config):
-        return process.stash.setdefault(_SPENT, {})
-    found: dict[str, dict[str, float]] = getattr(process, "workeroutput", {}).get("attribution_spent", {})
+        return process.stash.setdefault(_KEPT, {})
+    found: dict[str, dict[str, Any]] = getattr(process, "workeroutput", {}).get(_SENT, {})
     return found
 
 

@@ -188,7 +188,10 @@ def _ordered(exhibits: Iterable[Exhibit]) -> list[Exhibit]:
 
 
 def run_header(
-    rows: Iterable[VerdictRow], exhibits: Iterable[Exhibit], loaded: Mapping[str, str] | None = None
+    rows: Iterable[VerdictRow],
+    exhibits: Iterable[Exhibit],
+    loaded: Mapping[str, str] | None = None,
+    known: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return what a reader has to know of a run: when, on which models, with which versions.
 
@@ -196,12 +199,14 @@ def run_header(
         rows: Verdicts.
         exhibits: Tables and figures.
         loaded: What was loaded, in words, by the model's name.
+        known: What each model knows, in words.
     """
     models = sorted({row["model"] for row in rows} | {exhibit.model for exhibit in exhibits})
     libraries = ("attribution-suite", "nnsight", "numpy", "torch", "transformers")
     return {
         "Made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "Models": "; ".join((loaded or {}).get(model, model) for model in models) or "none",
+        **({"Known prompts": "; ".join(known)} if known else {}),
         "Versions": ", ".join(f"{name} {metadata.version(name)}" for name in libraries),
     }
 

@@ -32,7 +32,7 @@ class Column:
     def css_class(self, cell: str) -> str:
         """Return the class of a cell of this column in a page; empty if it needs none."""
         if self.kind == "status":
-            return cell.split(",")[0]
+            return re.split(r"\W", cell)[0]
         return "" if self.kind == "text" else self.kind
 
 

@@ -40,7 +40,7 @@ VERDICT_COLUMNS = (
 # Experiments that are named as those that took longest, in a run that took longer than so many seconds.
 _LONGEST, _LONG = 5, 300
 
-STATUSES = ("supported", "refuted", "inconclusive")
+STATUSES = ("supported", "refuted", "inconclusive", "undecided")
 
 
 def _number(value: float) -> str:
@@ -65,9 +65,10 @@ def verdict_row(verdict: Verdict, recorded: str | None = None, *, asserted: bool
         "effect": _number(verdict.effect),
         "interval": interval,
         "n": str(verdict.n),
-        "verdict": verdict.status.value + (", as recorded" if recorded == verdict.status.value else ""),
+        "verdict": verdict.in_words() + (", as recorded" if recorded == verdict.status.value else ""),
         "note": verdict.note,
         "asserted": "yes" if binding else "",
+        "least": str(verdict.claim.min_prompts or ""),
         "waived": "yes" if verdict.claim.asserted and not binding else "",
     }
 
@@ -92,7 +93,7 @@ def verdict_table(rows: Sequence[VerdictRow]) -> str:
     if reported:
         lines += ["", "reported, not asserted", header, rule, *written[len(asserted) :], rule]
     found = Counter(map(status_of, asserted))
-    counts = [f"{found[status]} {status}" for status in STATUSES]
+    counts = [f"{found[status]} {status}" for status in STATUSES if found[status] or status != "undecided"]
     if reported:
         counts.append(f"{len(reported)} reported")
     waived = Counter(row["model"] for row in ordered if row["waived"])
@@ -101,7 +102,30 @@ def verdict_table(rows: Sequence[VerdictRow]) -> str:
         f"{'it' if number == 1 else 'them'} so"
         for model, number in waived.items()
     ]
-    return "\n".join([*lines, ", ".join(counts), *notes])
+    return "\n".join([*lines, ", ".join(counts), *_undecided_lines(ordered), *notes])
+
+
+def _undecided_lines(rows: Iterable[VerdictRow]) -> list[str]:
+    """Return a sentence about each model of which some claims have fewer prompts than they need."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        sampled = [row for row in rows if row["model"] == model and row["least"]]
+        undecided = [row for row in sampled if status_of(row) == "undecided"]
+        if not undecided:
+            continue
+        least, had = (_range([int(row[name]) for row in undecided]) for name in ("least", "n"))
+        why = f"need {least} prompts, each of another fact that it knows, and have {had}"
+        if len(undecided) == len(sampled):
+            lines.append(f"nothing can be decided about {model}: claims about its neurons {why}")
+        else:
+            number = pluralize(len(undecided), "claim is", "claims are")
+            lines.append(f"{number} undecided about {model}: such claims {why}")
+    return lines
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def status_of(row: VerdictRow) -> str:

@@ -374,8 +374,8 @@ def of_nothing(bench: Workbench) -> list[Verdict]:
     return _verdicts(empty)
 
 
-def test_without_known_prompts_every_claim_is_inconclusive(of_nothing: list[Verdict]) -> None:
-    assert {each.status for each in of_nothing} == {Status.INCONCLUSIVE}
+def test_without_known_prompts_every_claim_is_undecided(of_nothing: list[Verdict]) -> None:
+    assert {each.status for each in of_nothing} == {Status.UNDECIDED}
     assert all(each.n == 0 for each in of_nothing)
 
 

@@ -99,12 +99,14 @@ def test_verdict_is_the_same_each_time_and_in_any_order_of_prompts() -> None:
     assert (first.low, first.high, first.status) == pytest.approx((again.low, again.high, again.status))
 
 
-def test_too_few_prompts_are_inconclusive_and_say_how_many_are_needed() -> None:
+def test_too_few_prompts_decide_nothing_and_say_how_many_are_needed() -> None:
     effects = np.random.default_rng(5).normal(5, 1, 20).tolist()
     verdict = judge(_claim("above", 0, min_prompts=300), model="m", effects=effects, facts=_alone(20))
-    assert verdict.status is Status.INCONCLUSIVE
+    assert verdict.low > 0, "the interval alone would support it"
+    assert verdict.status is Status.UNDECIDED
     assert verdict.needed == 300
-    assert judge(_claim("above", 0), model="m", effects=[], facts=[]).status is Status.INCONCLUSIVE
+    assert verdict.sentence().startswith("undecided: 20 of 300 prompts: ")
+    assert judge(_claim("above", 0), model="m", effects=[], facts=[]).status is Status.UNDECIDED
 
 
 def test_inconclusive_verdict_estimates_how_many_prompts_would_decide() -> None:
@@ -158,7 +160,7 @@ def test_lengths_must_agree() -> None:
         (0.5, 3, Status.SUPPORTED),
         (2.0, 3, Status.REFUTED),
         (math.nan, 3, Status.REFUTED),
-        (0.5, 0, Status.INCONCLUSIVE),
+        (0.5, 0, Status.UNDECIDED),
     ],
 )
 def test_exact_number_is_compared_with_its_bound(effect: float, n: int, status: Status) -> None:

@@ -174,7 +174,7 @@ def test_method_without_an_effect_has_none_to_lose(bench: Workbench, few: None, 
 def test_model_that_knows_nothing_is_short_of_prompts(model: at.Model, control: str) -> None:
     bench = Workbench(Sample(model, KNOWLEDGE, known=[]))
     verdict = verdict_of(LOSES_ITS_EFFECT, bench, control=control)
-    assert (verdict.status, verdict.n) == (Status.INCONCLUSIVE, 0)
+    assert (verdict.status, verdict.n) == (Status.UNDECIDED, 0)
     assert verdict.needed == (50 if control == "sign flip" else 300)
 
 
@@ -325,6 +325,6 @@ def test_suite_is_short_of_prompts_that_a_broken_model_knows(
         bench = Workbench(Sample(trained.model, trained.sample.knowledge, known=swapped))
     verdict = CLAIMS[claim](bench, METHOD)
     assert len(trained.sample.known) > 20 * len(bench.sample.known)
-    assert verdict.status is Status.INCONCLUSIVE
+    assert verdict.status is Status.UNDECIDED
     assert verdict.needed is not None
     assert verdict.needed >= PROMPTS > verdict.n

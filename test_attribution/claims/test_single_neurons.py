@@ -360,7 +360,7 @@ def test_model_that_knows_nothing_is_short_of_prompts(model: at.Model) -> None:
         verdict_of(BY_ANOTHER, bench, score="random"),
         verdict_of(SELF_REPAIR, bench),
     ]
-    assert [(each.status, each.n, each.needed) for each in verdicts] == [(Status.INCONCLUSIVE, 0, 50)] * 4
+    assert [(each.status, each.n, each.needed) for each in verdicts] == [(Status.UNDECIDED, 0, 50)] * 4
 
 
 def test_method_that_scores_no_ffn_neurons_is_not_asserted(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -404,10 +404,10 @@ def bench(model: at.Model) -> Workbench:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_claims_about_a_model_that_knows_nothing_are_inconclusive(model: at.Model, claim: str, kind: Kind) -> None:
+def test_claims_about_a_model_that_knows_nothing_are_undecided(model: at.Model, claim: str, kind: Kind) -> None:
     bench = Workbench(Sample(model, KNOWLEDGE, known=[]))
     verdict = CLAIMS[claim](bench, kind)
-    assert (verdict.status, verdict.n) == (Status.INCONCLUSIVE, 0)
+    assert (verdict.status, verdict.n) == (Status.UNDECIDED, 0)
 
 
 def test_every_prompt_is_asked_for_a_word_that_is_not_its_answer_and_that_its_own_neuron_writes(
@@ -450,7 +450,7 @@ def test_a_method_finds_what_was_planted_and_its_opposite_does_not(
     assert found.effect > 0.5
     assert lost.effect < 0.5
     # With ten prompts a claim about a share is not decided.
-    assert found.status is Status.INCONCLUSIVE
+    assert found.status is Status.UNDECIDED
     curve = [float(point.split(": ")[1]) for point in found.note.split(", ")]
     assert len(curve) == len(ON_PLANTED.STRENGTHS) + 1
     assert curve[-1] < curve[0]

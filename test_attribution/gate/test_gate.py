@@ -78,7 +78,7 @@ def _only(comparison: Comparison) -> Change:
 
 def test_stored_run_read_is_the_stored_run_written() -> None:
     ratio = _measured(baselines=(2.0,) * 12, claim=_claim("ratio", test="within", threshold=0.05, asserted=False))
-    nothing = replace(_measured([], _claim("nothing")), status=Status.INCONCLUSIVE)
+    nothing = _measured([], _claim("nothing"))
     written = _run(_measured(), _measured(claim=_claim(method="mine"), seed=3), ratio, _exact(0.01234), nothing)
     text = dumps(written)
     # NaN, of what was not measured, is not equal to itself.

@@ -21,7 +21,7 @@ STATUSES = [status.value for status in Status]
 @pytest.mark.parametrize("policy", [BOTH, REGRESSIONS_ONLY], ids=["verdicts", "regressions"])
 def test_a_claim_that_is_not_binding_is_reported(status: str, recorded: str | None, policy: Policy) -> None:
     outcome = outcome_of_claim(status, "s", binding=False, recorded=recorded, policy=policy)
-    assert (outcome.kind, outcome.sentence) == ("reported", "")
+    assert (outcome.kind, outcome.sentence) == (("undecided", "s") if status == "undecided" else ("reported", ""))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,8 @@ def test_a_claim_that_is_not_binding_is_reported(status: str, recorded: str | No
         ("supported", None, REGRESSIONS_ONLY, "green", ""),
         ("refuted", None, BOTH, "red", "s"),
         ("inconclusive", None, BOTH, "red", "s"),
+        ("undecided", None, BOTH, "red", "s"),
+        ("undecided", "undecided", BOTH, "expected failure", "as recorded in the registry: s"),
         ("refuted", None, REGRESSIONS_ONLY, "expected failure", "--attribution-fail leaves verdicts out: s"),
         ("refuted", "refuted", BOTH, "expected failure", "as recorded in the registry: s"),
         ("refuted", "refuted", REGRESSIONS_ONLY, "expected failure", "as recorded in the registry: s"),
@@ -50,6 +52,12 @@ def test_what_a_binding_claim_does_to_its_test(
 ) -> None:
     outcome = outcome_of_claim(status, "s", binding=True, recorded=recorded, policy=policy)
     assert (outcome.kind, outcome.sentence) == (kind, sentence)
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_a_look_is_red_for_what_it_finds_and_not_for_what_it_cannot_decide(status: str) -> None:
+    outcome = outcome_of_claim(status, "s", binding=True, recorded=None, policy=BOTH, look=True)
+    assert outcome.kind == {"supported": "green", "undecided": "undecided"}.get(status, "red")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,30 @@ def test_asserted_claims_come_first_and_alone_are_counted() -> None:
     assert lines[-1] == "1 supported, 1 refuted, 0 inconclusive, 1 reported"
 
 
+def _counted(n: int, least: int, claim: str) -> dict[str, str]:
+    verdict = replace(VERDICT, n=n)
+    if n < least:
+        verdict = replace(verdict, status=Status.UNDECIDED, needed=least)
+    return _row(verdict=verdict, id=claim, min_prompts=least)
+
+
+def test_too_few_prompts_are_said_of_each_claim_and_once_of_the_model() -> None:
+    exact = _row(verdict=replace(VERDICT, model="small"), test="at_most")
+    few = [{**_counted(6, least, f"claim {least}"), "model": "small"} for least in (48, 300)]
+    lines = verdict_table([exact, *few]).splitlines()
+    assert lines[3].endswith("undecided: 6 of 48 prompts")
+    assert lines[-2:] == [
+        "1 supported, 0 refuted, 0 inconclusive, 2 undecided",
+        "nothing can be decided about small: claims about its neurons need 48 to 300 prompts, each of another fact "
+        "that it knows, and have 6",
+    ]
+    lines = verdict_table([_counted(60, 48, "a"), _counted(60, 300, "b")]).splitlines()
+    assert lines[-1] == (
+        "1 claim is undecided about bundled:gpt2: such claims need 300 prompts, each of another fact that it knows, "
+        "and have 60"
+    )
+
+
 def test_models_stand_together_in_the_order_of_their_claims() -> None:
     other = replace(VERDICT, model="bundled:llama")
     rows = [_row(id="b"), _row(verdict=other, id="b"), _row(id="a"), _row(verdict=other, id="a")]

@@ -29,7 +29,7 @@ _NUMBER = 100
 _STANDARD_ERROR = _NUMBER**-0.5
 _ALONE = tuple(str(number) for number in range(_NUMBER))
 _ONES = (1.0,) * _NUMBER
-_SUPPORTED, _REFUTED, _UNDECIDED = Status.SUPPORTED, Status.REFUTED, Status.INCONCLUSIVE
+_SUPPORTED, _REFUTED, _OPEN, _FEW = Status.SUPPORTED, Status.REFUTED, Status.INCONCLUSIVE, Status.UNDECIDED
 
 
 def _normal(standard_errors: float, *, above: float = 0.0) -> list[float]:
@@ -110,17 +110,17 @@ def _cases() -> list[_Case]:
         _Case("the effect is above", _SUPPORTED, _normal(5)),
         _Case("the effect is below", _REFUTED, _normal(-5)),
         _Case("the threshold is not 0", _REFUTED, _normal(-5, above=1), 1),
-        _Case("the interval, not the mean, is above", _UNDECIDED, _normal(1)),
-        _Case("95% of the interval", _UNDECIDED, _normal(1.8)),
+        _Case("the interval, not the mean, is above", _OPEN, _normal(1)),
+        _Case("95% of the interval", _OPEN, _normal(1.8)),
         _Case("no more than 95% of one claim", _SUPPORTED, _normal(2.4)),
-        _Case("as many claims are judged together", _UNDECIDED, _normal(2.4), comparisons=20),
-        _Case("fewer prompts than are needed", _UNDECIDED, _normal(5), min_prompts=_NUMBER + 1),
+        _Case("as many claims are judged together", _OPEN, _normal(2.4), comparisons=20),
+        _Case("fewer prompts than are needed", _FEW, _normal(5), min_prompts=_NUMBER + 1),
         _Case("90% of the interval is inside", _SUPPORTED, _normal(0), 0.2, "within"),
-        _Case("an effect that is not seen is not absent", _UNDECIDED, _normal(0), 0.1, "within"),
-        _Case("the interval, not the mean, is inside", _UNDECIDED, _normal(1), 0.2, "within"),
+        _Case("an effect that is not seen is not absent", _OPEN, _normal(0), 0.1, "within"),
+        _Case("the interval, not the mean, is inside", _OPEN, _normal(1), 0.2, "within"),
         _Case("the effect is above the margin", _REFUTED, _normal(7), 0.2, "within"),
         _Case("the effect is below the margin", _REFUTED, _normal(-7), 0.2, "within"),
-        _Case("facts are drawn, not prompts", _UNDECIDED, by_fact.tolist(), facts=[f"{n // 4}" for n in range(100)]),
+        _Case("facts are drawn, not prompts", _OPEN, by_fact.tolist(), facts=[f"{n // 4}" for n in range(100)]),
         _Case(
             "effects are drawn with their own baselines",
             _SUPPORTED,
@@ -139,17 +139,15 @@ def _cases() -> list[_Case]:
         _Case(
             "few of the facts that were not drawn may fail", _SUPPORTED, [1.0] * _NUMBER, 0.96, effect_bounds="share"
         ),
-        _Case(
-            "some of the facts that were not drawn may fail", _UNDECIDED, [1.0] * _NUMBER, 0.97, effect_bounds="share"
-        ),
+        _Case("some of the facts that were not drawn may fail", _OPEN, [1.0] * _NUMBER, 0.97, effect_bounds="share"),
         _Case("few may lose all", _SUPPORTED, [0.0] * _NUMBER, 0.031, "within", effect_bounds="fall", baselines=_ONES),
-        _Case("some may lose all", _UNDECIDED, [0.0] * _NUMBER, 0.028, "within", effect_bounds="fall", baselines=_ONES),
+        _Case("some may lose all", _OPEN, [0.0] * _NUMBER, 0.028, "within", effect_bounds="fall", baselines=_ONES),
         _Case("few may gain nothing", _SUPPORTED, [1.0] * _NUMBER, 0.92, effect_bounds="correlation"),
-        _Case("some may be the other way round", _UNDECIDED, [1.0] * _NUMBER, 0.935, effect_bounds="correlation"),
+        _Case("some may be the other way round", _OPEN, [1.0] * _NUMBER, 0.935, effect_bounds="correlation"),
         _Case("an effect is no number", None, [*_normal(5)[1:], math.nan]),
         _Case("an effect is infinite", None, [*_normal(5)[1:], math.inf]),
         _Case("a prompt counts twice", None, _normal(5), prompts=["the same"] * _NUMBER),
-        _Case("two prompts of one fact are one number", _UNDECIDED, [1.0, 2.0], facts=["a", "a"]),
+        _Case("two prompts of one fact are one number", _FEW, [1.0, 2.0], facts=["a", "a"]),
     ]
 
 
@@ -157,7 +155,7 @@ _EXACT = {
     ("at most the bound", 1.0, 3): _SUPPORTED,
     ("above the bound", 1.1, 3): _REFUTED,
     ("no number", math.nan, 3): _REFUTED,
-    ("nothing was measured", 0.5, 0): _UNDECIDED,
+    ("nothing was measured", 0.5, 0): _FEW,
 }
 
 
