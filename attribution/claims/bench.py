@@ -45,6 +45,9 @@ STEPS = 20
 
 # Vectors of heads and layers that are held at a time: 2**25 float64 numbers are 256 MiB.
 _HELD_NUMBERS = 2**25
+# FFN neurons that deletion curves end with. To rank so many costs little more than to rank ten, and less than to rank
+# again.
+_DEEP = 100
 # Fewer say little of an engine that is checked on them.
 _ENOUGH = 24
 OWN_PROMPTS = "the prompts are one's own: only more than with swapped answers"
@@ -96,6 +99,7 @@ class Workbench:
         self._within = 0.0
         self._frames: dict[tuple[object, ...], pd.DataFrame] = {}
         self._results: dict[Hashable, object] = {}
+        self._every: dict[tuple[str, Unit, int], AllScores] = {}
         self._scores: dict[tuple[str, Unit, Question], npt.NDArray[np.float64]] = {}
         self._rankings: dict[tuple[str, Unit, int, int], Ranking] = {}
 
@@ -148,6 +152,11 @@ class Workbench:
         """Return how it is shown how far a measurement is."""
         return replace(self.progress, label=f"{self.model.name}: {what}")
 
+    def _deep(self, unit: Unit) -> int:
+        """Return how many of a unit are ranked at once, if any are: as many as the next claim may want."""
+        anatomy = self.model.anatomy
+        return min(_DEEP, anatomy.layers * anatomy.ffn_neurons) if unit == "ffn" else 1
+
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         """Take the time of an experiment."""
@@ -171,6 +180,7 @@ class Workbench:
             seed: Seed of random draws; the bench's own when ``None``.
         """
         seed = self.seed if seed is None else seed
+        deep = {unit: max(number, self._deep(unit)) for unit, number in k.items()}
 
         def lacks(method: str, unit: Unit, place: int) -> bool:
             known = self._rankings.get((method, unit, seed, place))
@@ -179,10 +189,10 @@ class Workbench:
         wanted: dict[str, dict[Unit, int | None]] = {}
         missing: set[int] = set()
         for method in methods:
-            for unit, number in k.items():
+            for unit in k:
                 shallow = [place for place in indices if lacks(method, unit, place)]
                 if shallow:
-                    wanted.setdefault(method, {})[unit] = number
+                    wanted.setdefault(method, {})[unit] = deep[unit]
                     missing.update(shallow)
         asked = sorted(missing)
         what = f"ranking by {', '.join(wanted)}"
@@ -207,12 +217,23 @@ class Workbench:
             for place in indices
         ]
 
-    def all_scores(self, method: str, unit: Unit, questions: Sequence[Question]) -> list[AllScores]:
-        """Return the scores of all candidates of a unit on each prompt; one sweep over the vectors serves all."""
+    def all_scores(self, method: str, unit: Unit, indices: Sequence[int]) -> list[AllScores]:
+        """Return the scores of all neurons of a unit on some of :attr:`prompts`.
+
+        One sweep over the vectors serves all prompts on which any claim wants them.
+        """
+        missing = [place for place in indices if (method, unit, place) not in self._every]
+        if missing:
+            asked = sorted({*missing, *self.sample.scored_in_full(unit)})
+            with self._timed(f"every {unit} by {method}"):
+                found = self._scored(method, unit, [self.sample.questions[place] for place in asked])
+            self._every.update({(method, unit, place): each for place, each in zip(asked, found, strict=True)})
+        return [self._every[method, unit, place] for place in indices]
+
+    def _scored(self, method: str, unit: Unit, questions: Sequence[Question]) -> list[AllScores]:
         scorer = method_named(method, unit)
         found = candidates_of_each(self.model, questions, {unit: [scorer]}, Search(self.seed, STEPS))
-        bar = self.bar(f"every {unit} by {method}")
-        return score_all([each[unit] for each in found], scorer, progress=bar)
+        return score_all([each[unit] for each in found], scorer, progress=self.bar(f"every {unit} by {method}"))
 
     def scores(
         self, method: str, unit: Literal["head", "layer"], questions: Sequence[Question]
@@ -225,7 +246,7 @@ class Workbench:
         size = max(1, _HELD_NUMBERS // (number * anatomy.width))
         for start in range(0, len(missing), size):
             part = missing[start : start + size]
-            for question, found in zip(part, self.all_scores(method, unit, part), strict=True):
+            for question, found in zip(part, self._scored(method, unit, part), strict=True):
                 self._scores[method, unit, question] = found.within(LARGEST_ERROR).numpy(force=True)
         scores = np.zeros((len(questions), number))
         for row, question in enumerate(questions):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ _KEPT_BLOCK_NUMBERS = 2**18
 # Probabilities of several prompts that are held at a time, prompts x vocabulary: 2**24 float64 numbers are 128 MiB.
 _HELD_NUMBERS = 2**24
 # With fewer logits than this, vectors x vocabulary, scoring everything in float64 is faster than computing brackets.
-_WORTH_BRACKETS = 2**22
+_WORTH_BRACKETS = 2**21
 # By how much the remainder of the series may move a score, in nats, before exponentials are summed instead.
 _LARGEST_REMAINDER = 1e-8
 LARGEST_ERROR = 1e-5
@@ -208,7 +208,9 @@ def score_all(
     if method.rising is None or not worth_brackets(table):
         with _shown(progress, len(candidates), "prompt") as update:
             for each in candidates:
-                found.append(_in_float64(each, method, with_first_order=with_first_order))
+                alone = each if len(candidates) == 1 else each.afresh()
+                scored = _in_float64(alone, method, with_first_order=with_first_order)
+                found.append(replace(scored, candidates=each))
                 update(1)
         return found
     held = max(1, _HELD_NUMBERS // len(table.readout.unembedding))

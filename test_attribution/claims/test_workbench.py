@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import zlib
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ import attribution as at
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.judge import Claim, Status
 from attribution.claims.sample import Sample
+from attribution.engine.progress import Progress
 from attribution.engine.ranking import rank_all
 from attribution.experiments.evaluation import run_design
 from attribution.models.model import Model
@@ -40,7 +43,7 @@ def test_model_that_knows_nothing_is_short_of_prompts_not_an_error(model: Model)
     frames = bench.frames(("log_prob_increase", "random"), {"ffn": 3})
     effects = frames["random"]["mrr_after"] - frames["log_prob_increase"]["mrr_after"]
     verdict = bench.judge(CLAIM, effects)
-    assert (verdict.status, verdict.n, verdict.needed) == (Status.INCONCLUSIVE, 0, 300)
+    assert (verdict.status, verdict.n, verdict.needed) == (Status.UNDECIDED, 0, 300)
     assert bench.before["mrr"].shape == (0,)
 
 
@@ -51,6 +54,26 @@ def test_methods_are_judged_on_one_known_prompt_of_each_fact_drawn_by_its_text(b
         assert prompt.text == min(others, key=lambda text: zlib.crc32(text.encode()))
     fewer = Sample(bench.model, KNOWLEDGE, known=KNOWLEDGE.prompts[1:])
     assert [prompt.subject for prompt in fewer.prompts] == ["France", "Italy"]
+
+
+def test_what_a_model_knows_is_said_by_category(model: Model) -> None:
+    facts = at.load_knowledge(categories=["color", "month"]).facts
+    chosen = Knowledge(tuple(facts), {"color": ("red",), "month": ("May",)})
+    prompts = {name: [each for each in chosen.prompts if each.category == name] for name in chosen.words}
+    number = {name: (len(own), len({each.fact for each in own})) for name, own in prompts.items()}
+    (colors, of_color), (months, of_month) = number["color"], number["month"]
+    sample = Sample(model, chosen, known=[*prompts["month"][:3], prompts["month"][-1]])
+    assert sample.in_words() == (
+        f"{model.name} knows 4 of {colors + months} prompts, 2 of {of_color + of_month} facts: "
+        f"color 0 of {colors} (0 of {of_color}), month 4 of {months} (2 of {of_month})"
+    )
+
+
+def test_what_a_model_knows_is_said_once_it_was_asked(model: Model) -> None:
+    said = io.StringIO()
+    sample = Sample(model, KNOWLEDGE, progress=Progress(shown=True, stream=said, lines=True))
+    assert sample.known == sample.known
+    assert said.getvalue() == f"attribution: {sample.in_words()}\n"
 
 
 def test_a_smaller_run_is_part_of_a_larger_one(model: Model) -> None:
@@ -122,14 +145,31 @@ def test_frames_are_what_evaluate_returns(bench: Workbench, kind: str) -> None:
     pd.testing.assert_frame_equal(pd.concat(frames.values(), ignore_index=True), expected)
 
 
-def test_search_for_fewer_is_not_run_again(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    searched = []
-    monkeypatch.setattr(
-        "attribution.claims.bench.rank_all",
-        lambda model, questions, wanted, *options, **more: (
-            searched.append((len(questions), wanted)) or rank_all(model, questions, wanted, *options, **more)
-        ),
-    )
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
+    """For each search how many prompts it was about, and what was wanted."""
+    found: list[tuple[int, Any]] = []
+
+    def search(model: Model, questions: Any, wanted: Any, *options: Any, **more: Any) -> Any:
+        found.append((len(questions), wanted))
+        return rank_all(model, questions, wanted, *options, **more)
+
+    monkeypatch.setattr("attribution.claims.bench.rank_all", search)
+    return found
+
+
+def test_search_for_ffn_neurons_serves_the_deletion_curve(bench: Workbench, searched: list[tuple[int, Any]]) -> None:
+    method = "log_prob_increase"
+    ten = bench.ranked((method,), {"ffn": 10, "attention": 10}, indices=[0])
+    (hundred,) = bench.rankings(method, "ffn", 100, indices=[0])
+    assert hundred.neurons[:10] == ten[0][method]["ffn"].neurons
+    assert [wanted for number, wanted in searched if number] == [{method: {"ffn": 100, "attention": 10}}]
+
+
+def test_search_for_fewer_is_not_run_again(
+    bench: Workbench, searched: list[tuple[int, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attribution.claims.bench._DEEP", 1)
     indices, method = [0, 1], "log_prob_increase"
     bench.ranked((method,), {"ffn": 5}, indices=[1])
     assert searched == [(1, {method: {"ffn": 5}})]

@@ -24,6 +24,7 @@ from torch import Tensor
 from attribution.claims.about_methods.common import BASELINES, NO_FFN, rank_correlation
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
+from attribution.claims.sample import SCORED_IN_FULL
 from attribution.engine.ablation import outcomes
 from attribution.engine.importance import Candidates
 from attribution.engine.methods import METHODS, method_named, score_candidates
@@ -55,7 +56,7 @@ TOP = 10
 """How many of the best neurons are in the sample."""
 # The same number from each lower stratum.
 _DRAWN = 10
-PROMPTS = 100
+PROMPTS = SCORED_IN_FULL["ffn"]
 """All neurons of a prompt have to be scored to know their ranks, and 40 reruns follow."""
 
 
@@ -132,7 +133,7 @@ def samples(bench: Workbench, method: str) -> list[SampledNeurons]:
     questions = [bench.sample.questions[place] for place in indices]
     compared = [method_named(name, "ffn") for name in (method, *COMPARED)]
     drawn: list[SampledNeurons] = []
-    for scores, state in zip(bench.all_scores(method, "ffn", questions), bench.final_states(questions), strict=True):
+    for scores, state in zip(bench.all_scores(method, "ffn", indices), bench.final_states(questions), strict=True):
         total = len(scores.values)
         # Not the seed of the random method's scores, so that the sample does not depend on them.
         ranks = sampled_ranks(total, scores.candidates.seed + 1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from attribution.claims.about_methods.common import METRIC_NAMES
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
+from attribution.claims.sample import SCORED_IN_FULL
 from attribution.engine.ablation import Means, reference_of
 from attribution.engine.batching import batches_of
 from attribution.engine.methods import METHODS
@@ -31,7 +32,7 @@ from attribution.records import Unit
 
 __all__ = ["PROMPTS", "lead_over_random_neurons", "share_left", "units_kept"]
 
-PROMPTS = 50
+PROMPTS = SCORED_IN_FULL["attention"]
 """All neurons have to be scored, which takes many times longer than finding the first few hundred."""
 
 _UNITS: tuple[Unit, ...] = ("attention", "ffn")
@@ -48,7 +49,7 @@ def _kept(
     """
     kept: dict[Unit, Tensor] = {}
     for unit in units:
-        every = bench.all_scores(method, unit, questions)
+        every = bench.all_scores(method, unit, bench.sample.subset(PROMPTS))
         total = sum(every[0].candidates.table.sizes)
         numbers = [round(share * total) for share in shares]
         kept[unit] = torch.zeros(len(questions), 2, len(shares), total, dtype=torch.bool)

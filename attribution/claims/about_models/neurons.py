@@ -18,6 +18,7 @@ from attribution.claims.about_models.survey import Survey, depth, survey, survey
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.measured import Effects
+from attribution.claims.sample import SCORED_OF_CATEGORY
 from attribution.records import Component, FFNNeuron, SublayerKind
 
 __all__ = [
@@ -33,8 +34,6 @@ __all__ = [
 Side = Literal["value", "query"]
 SIDES: tuple[Side, ...] = ("value", "query")
 
-# Every neuron of these is scored, which costs as much as everything else.
-_SUMMED_PER_CATEGORY = 5
 # How far rounding may move a sum, in nats; tables show a hundredth.
 _LARGEST_ERROR = 1e-3
 _SUMS = ("all", "positive", "top 100", "top 200")
@@ -45,10 +44,9 @@ _DEPTHS = (METHOD, "log_prob", "prob_increase")
 @measured_once
 def _sums(bench: Workbench, kind: SublayerKind) -> tuple[Survey, dict[str, npt.NDArray[np.float64]]]:
     """Return sums over a kind's neurons on each prompt, in nats, (n,) each: all, positive, and the highest ones."""
-    found = survey_of(bench, _SUMMED_PER_CATEGORY)
+    found = survey_of(bench, SCORED_OF_CATEGORY)
     sums: dict[str, list[float]] = {name: [] for name in _SUMS}
-    questions = [bench.sample.questions[place] for place in found.indices]
-    for each in bench.all_scores(METHOD, kind, questions):
+    for each in bench.all_scores(METHOD, kind, found.indices):
         scores = -np.sort(-each.summed_within(_LARGEST_ERROR).numpy(force=True))
         values = (scores.sum(), scores[scores > 0].sum(), scores[:100].sum(), scores[:200].sum())
         for name, value in zip(_SUMS, values, strict=True):

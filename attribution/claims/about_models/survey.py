@@ -143,12 +143,7 @@ class Survey:
 
 def survey_of(bench: Workbench, per_category: int) -> Survey:
     """Return a survey of at most so many prompts of each category, drawn by hash."""
-    order = {place: number for number, place in enumerate(bench.sample.draw_order)}
-    indices: list[int] = []
-    for category in dict.fromkeys(prompt.category for prompt in bench.prompts):
-        own = [place for place, prompt in enumerate(bench.prompts) if prompt.category == category]
-        indices += sorted(sorted(own, key=lambda place: order[place])[:per_category])
-    return Survey(bench, indices)
+    return Survey(bench, bench.sample.of_each_category(per_category))
 
 
 @measured_once

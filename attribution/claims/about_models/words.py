@@ -20,7 +20,7 @@ from attribution.engine.importance import Candidates
 from attribution.engine.methods import method_named
 from attribution.engine.questions import Question
 from attribution.engine.ranking import all_candidates
-from attribution.engine.top_k import top_k
+from attribution.engine.top_k import top_k_together
 from attribution.engine.vectors import vector_table
 from attribution.experiments.selection_rule import one_token_words
 from attribution.records import Component, FFNNeuron, SublayerKind
@@ -71,7 +71,8 @@ def _word_ids(bench: Workbench) -> dict[str, Tensor]:
 
 
 def _raised(candidates: Candidates, index: Tensor, words: Tensor, tokens: int) -> list[_Raised]:
-    part = candidates.take(index)
+    # Only the distributions of their own sublayers are needed.
+    part = candidates.afresh(candidates.sublayer_index[index].unique()).take(index)
     raised = part.update.topk(tokens).indices
     hits = (torch.isin(raised, words) & (raised != candidates.answer)).sum(-1)
     scores = method_named(METHOD, candidates.table.unit).score(part)
@@ -103,9 +104,10 @@ def _measured(bench: Workbench, kind: SublayerKind, tokens: int) -> tuple[Survey
     for rows, batch in batches_of(bench.model, questions):
         part = [questions[row] for row in rows]
         each = all_candidates(bench.model, part, batch, {kind: [method]}, seed=bench.seed, steps=STEPS)
-        for row, by_unit in zip(rows, each, strict=True):
-            candidates, own = by_unit[kind], words[found.categories[row]]
-            best = top_k(candidates, method, min(_NEURONS, len(candidates))).indices
+        of_kind = [by_unit[kind] for by_unit in each]
+        number = min(_NEURONS, *map(len, of_kind))
+        for row, candidates, top in zip(rows, of_kind, top_k_together(of_kind, method, number), strict=True):
+            best, own = top.indices, words[found.categories[row]]
             others = _others(candidates, best, questions[row], bench.seed)
             of_prompt[row] = _OfPrompt(_raised(candidates, best, own, tokens), _raised(candidates, others, own, tokens))
     return found, [of_prompt[row] for row in range(len(questions))]
