@@ -19,7 +19,7 @@ from attribution.claims.measured import Exact, Measured, NotApplicable
 from attribution.claims.sample import Sample
 from attribution.engine.ablation import outcomes
 from attribution.engine.all_scores import LARGEST_ERROR, AllScores, score_all
-from attribution.engine.batching import batches_of
+from attribution.engine.batching import batches_of, freed_memory_returned
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, worst
 from attribution.engine.masks import AblationKind
 from attribution.engine.methods import method_named
@@ -162,7 +162,8 @@ class Workbench:
         """Take the time of an experiment."""
         start, outside, self._within = time.perf_counter(), self._within, 0.0
         try:
-            yield
+            with freed_memory_returned():
+                yield
         finally:
             took = time.perf_counter() - start
             self.spent[what] = self.spent.get(what, 0.0) + took - self._within

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import platform
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attribution as at
-from attribution.engine import ranking
+from attribution.engine import batching, ranking
 from attribution.engine.batching import SmallerBatchWarning, map_batches
 from attribution.experiments import evaluation
 from attribution.models.model import CHUNK_TOKENS
@@ -145,3 +148,26 @@ def test_accelerator_is_given_a_quarter_of_its_free_memory(model: at.Model, monk
     for free, expected in ((16 * numbers * 50, 50), (2**60, 2**15), (0, 1)):
         monkeypatch.setattr("torch.accelerator.memory.get_memory_info", lambda _, free=free: (free, 2**60))
         assert model.batch_tokens == expected
+
+
+def _resident() -> int:
+    """Return how many bytes of memory this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is known to keep what is freed")
+def test_what_long_work_has_freed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_LONG", 0.0)
+    before, small = _resident(), []
+    with batching.freed_memory_returned():
+        # Below the size at which glibc maps memory by itself, each with something small behind it that stays.
+        large = []
+        for _ in range(4000):
+            large.append(torch.ones(2**14))
+            small.append(torch.ones(64))
+        grown = _resident() - before
+        del large
+        kept = _resident() - before
+    assert grown > 2e8
+    assert kept > grown / 2, "nothing had to be returned"
+    assert _resident() - before < grown / 4
