@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attribution as at
-from attribution.claims.about_methods import query_neurons, specificity, sufficiency
+from attribution.claims.about_methods import query_neurons, specificity, sufficiency, top_neurons
 from attribution.claims.about_methods.common import METHOD
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict, decide
@@ -588,3 +588,17 @@ def test_claims_on_what_a_method_does_not_score_are_reported_as_such(
         "only attention": heads | top,
         "only layers": set(CLAIMS) - {"random"},
     }
+
+
+@pytest.mark.parametrize(
+    ("layers", "rival", "prompts"),
+    [
+        (8, "integrated_gradients", 50),
+        (30, "integrated_gradients", 13),
+        (1000, "integrated_gradients", 1),
+        (1000, "gradient_x_activation", 50),
+    ],
+)
+def test_a_rival_gets_as_many_prompts_as_a_number_of_passes_pays_for(layers: int, rival: str, prompts: int) -> None:
+    deep: Any = SimpleNamespace(model=SimpleNamespace(anatomy=SimpleNamespace(layers=layers)))
+    assert top_neurons.prompts_of_rival(deep, rival) == prompts

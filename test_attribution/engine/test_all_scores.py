@@ -135,6 +135,21 @@ def test_a_method_that_is_no_rising_function_of_importance_is_scored_as_it_is() 
     assert not found.errors.any()
 
 
+@pytest.mark.parametrize("bracketed", [True, False])
+@pytest.mark.parametrize("unit", ["ffn", "layer"])
+def test_scores_of_many_prompts_keep_no_distributions(
+    unit: Unit, bracketed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A softmax for each sublayer and prompt would fill memory: 24 MB a prompt of SmolLM2."""
+    if not bracketed:
+        monkeypatch.setattr(all_scores, "_WORTH_BRACKETS", 2**40)
+    found = _prompts(3, unit, size=1.0, peaked=1.0, dtype=torch.float32, number=3)
+    for scores, own in zip(score_all(found, METHODS["log_prob_increase"]), found, strict=True):
+        scores.order()
+        assert scores.candidates is own
+        assert not {"log_probs", "probs", "update"} & {*vars(own), *vars(own.streams)}
+
+
 def test_small_updates_need_no_float64() -> None:
     prompts = _prompts(3, "ffn", size=1e-3, peaked=1.0, dtype=torch.float32, number=4)
     for each in score_all(prompts, METHODS["log_prob_increase"]):

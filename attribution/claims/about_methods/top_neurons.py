@@ -16,7 +16,7 @@ from attribution.engine.methods import METHODS
 from attribution.engine.ranking import attribute
 from attribution.records import Component
 
-__all__ = ["agreement_of_kinds", "lead_over_baseline", "lead_over_the_curve", "lead_over_rival"]
+__all__ = ["agreement_of_kinds", "lead_over_baseline", "lead_over_rival", "lead_over_the_curve", "prompts_of_rival"]
 
 # As many passes as a rival is given: what integrated gradients take for 50 prompts of the bundled models. They take
 # hundreds of passes for a prompt of a deep model, and get fewer prompts there.
@@ -90,8 +90,8 @@ def _timed_best(bench: Workbench, method: str, indices: list[int], k: int) -> tu
     return [ranking.neurons for ranking in rankings], f"{passes}, {1000 * seconds:.1f} ms"
 
 
-def _rival_prompts(bench: Workbench, rival: str) -> int:
-    """Return on how many prompts a rival is measured."""
+def prompts_of_rival(bench: Workbench, rival: str) -> int:
+    """Return on how many prompts a rival is measured: on as many as its budget of passes pays for."""
     method, layers = METHODS[rival], bench.model.anatomy.layers
     passes = method.forward.of(layers, STEPS) + method.backward.of(layers, STEPS)
     return max(1, min(_RIVAL_PROMPTS, int(_RIVAL_PASSES / passes)))
@@ -104,7 +104,7 @@ def lead_over_rival(bench: Workbench, method: str, rival: str, *, k: int) -> Eff
     """
     if "ffn" not in METHODS[method].units:
         return NO_FFN
-    indices = bench.sample.subset(_rival_prompts(bench, rival))
+    indices = bench.sample.subset(prompts_of_rival(bench, rival))
     questions = [bench.sample.questions[place] for place in indices]
     left, costs = {}, []
     for name in (method, rival):
