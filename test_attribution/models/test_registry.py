@@ -11,6 +11,7 @@ import pytest
 
 from attribution.__main__ import main
 from attribution.errors import BadInputError
+from attribution.gate.storage import read
 from attribution.models.families import FAMILIES as KNOWN_TYPES
 from attribution.models.registry import FAMILIES, KNOWLEDGE_FAMILIES, declare, entry_of, registry
 
@@ -59,18 +60,23 @@ def test_every_real_model_is_pinned_and_of_a_known_type() -> None:
     assert len(set(markers)) == len(markers)
 
 
-def test_what_is_asserted_has_a_source_and_what_was_measured_was_bundled() -> None:
+def test_what_is_asserted_has_a_source_and_what_was_measured_is_stored() -> None:
+    measured = {
+        verdict.model
+        for path in (Path(__file__).parents[2] / ".attribution").glob("*.json")
+        for verdict in read(path.parent, path.stem).verdicts
+    }
     for entry in registry().values():
         assert set(entry.asserted) <= set(FAMILIES), entry.name
         assert all(entry.asserted.values()), entry.name
-        if entry.bundled:
-            assert set(entry.asserted) == set(FAMILIES)
+        if entry.name in measured:
+            assert entry.asserted == dict.fromkeys(FAMILIES, "measured")
         else:
             # Nothing was measured on them here.
             assert "measured" not in entry.asserted.values()
             assert not entry.not_supported
-    asserted = {entry.name for entry in registry().values() if entry.asserted and not entry.bundled}
-    assert asserted == {"gpt2-large", "llama-7b"}
+    assert measured == {"bundled:gpt2", "bundled:llama", "smollm2"}
+    assert {entry.name for entry in registry().values() if entry.asserted} - measured == {"gpt2-large", "llama-7b"}
 
 
 def test_model_that_nobody_named_has_the_papers_budget_and_asserts_nothing() -> None:
