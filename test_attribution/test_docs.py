@@ -66,6 +66,7 @@ NOT_RUN = {
         "pytest test_knowledge test_faithfulness --attribution-report=DIR",
         "tox",
         "tox run -e py310,py313",
+        "tox run -e smollm2",
         "tox run -e oldest",
         "tox run -r -e newest",
     ),

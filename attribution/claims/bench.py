@@ -45,8 +45,8 @@ STEPS = 20
 
 # Vectors of heads and layers that are held at a time: 2**25 float64 numbers are 256 MiB.
 _HELD_NUMBERS = 2**25
-# FFN neurons that deletion curves end with. To rank so many costs little more than to rank ten, and less than to rank
-# again.
+# The deletion curves go up to this many FFN neurons. Ranking them all at once costs little more than ranking ten, and
+# less than ranking a second time.
 _DEEP = 100
 # Fewer say little of an engine that is checked on them.
 _ENOUGH = 24
@@ -152,11 +152,6 @@ class Workbench:
         """Return how it is shown how far a measurement is."""
         return replace(self.progress, label=f"{self.model.name}: {what}")
 
-    def _deep(self, unit: Unit) -> int:
-        """Return how many of a unit are ranked at once, if any are: as many as the next claim may want."""
-        anatomy = self.model.anatomy
-        return min(_DEEP, anatomy.layers * anatomy.ffn_neurons) if unit == "ffn" else 1
-
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         """Take the time of an experiment."""
@@ -181,7 +176,10 @@ class Workbench:
             seed: Seed of random draws; the bench's own when ``None``.
         """
         seed = self.seed if seed is None else seed
-        deep = {unit: max(number, self._deep(unit)) for unit, number in k.items()}
+        deep = dict(k)
+        if "ffn" in k:
+            anatomy = self.model.anatomy
+            deep["ffn"] = max(k["ffn"], min(_DEEP, anatomy.layers * anatomy.ffn_neurons))
 
         def lacks(method: str, unit: Unit, place: int) -> bool:
             known = self._rankings.get((method, unit, seed, place))

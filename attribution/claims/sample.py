@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -62,18 +62,18 @@ class Sample:
         """Return how many prompts and facts the model knows, in all and by category."""
         known = self.known if known is None else known
 
-        def counted(category: str | None = None) -> str:
+        def shares(categories: Collection[str]) -> tuple[str, str]:
+            """Return which share of the prompts is known, and which share of the facts."""
             own, every = (
-                [prompt for prompt in prompts if category in (None, prompt.category)]
+                [prompt for prompt in prompts if prompt.category in categories]
                 for prompts in (known, self.knowledge.prompts)
             )
-            prompts, facts = (
-                f"{len(part)} of {len(whole)}"
-                for part, whole in ((own, every), ({each.fact for each in own}, {each.fact for each in every}))
-            )
-            return f"{prompts} prompts, {facts} facts" if category is None else f"{category} {prompts} ({facts})"
+            facts = len({prompt.fact for prompt in own}), len({prompt.fact for prompt in every})
+            return f"{len(own)} of {len(every)}", "{} of {}".format(*facts)
 
-        return f"{self.model.name} knows {counted()}: {', '.join(map(counted, self.knowledge.words))}"
+        prompts, facts = shares(self.knowledge.words)
+        by_category = ["{} {} ({})".format(category, *shares([category])) for category in self.knowledge.words]
+        return f"{self.model.name} knows {prompts} prompts, {facts} facts: {', '.join(by_category)}"
 
     @cached_property
     def known_with_swapped_answers(self) -> list[Prompt]:
@@ -136,7 +136,7 @@ class Sample:
         return sorted(self.draw_order[:size])
 
     def of_each_category(self, number: int) -> list[int]:
-        """Return the indices of at most so many of :attr:`prompts` of each category, drawn by hash."""
+        """Return the indices of up to ``number`` of :attr:`prompts` in each category, drawn by hash."""
         order = {place: rank for rank, place in enumerate(self.draw_order)}
         indices: list[int] = []
         for category in dict.fromkeys(prompt.category for prompt in self.prompts):

@@ -208,6 +208,7 @@ def score_all(
     if method.rising is None or not worth_brackets(table):
         with _shown(progress, len(candidates), "prompt") as update:
             for each in candidates:
+                # Kept, the distributions of many prompts would fill memory.
                 alone = each if len(candidates) == 1 else each.afresh()
                 scored = _in_float64(alone, method, with_first_order=with_first_order)
                 found.append(replace(scored, candidates=each))

@@ -36,8 +36,8 @@ class SmallerBatchWarning(UserWarning):
 def freed_memory_returned() -> Iterator[None]:
     """Return to the system what long work inside has freed.
 
-    glibc keeps freed memory for later, and tensors of some megabytes leave holes that it does not fill: a process with
-    half a gigabyte of tensors grew to fifteen.
+    glibc keeps freed memory for later, and tensors of a few megabytes leave holes that it seldom fills: of the 3.7 GB
+    that a process held after scoring the heads of 40 prompts of SmolLM2-135M, 2.6 were free.
     """
     start = time.monotonic()
     try:

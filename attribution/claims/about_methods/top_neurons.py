@@ -18,8 +18,8 @@ from attribution.records import Component
 
 __all__ = ["agreement_of_kinds", "lead_over_baseline", "lead_over_rival", "lead_over_the_curve", "prompts_of_rival"]
 
-# As many passes as a rival is given: what integrated gradients take for 50 prompts of the bundled models. They take
-# hundreds of passes for a prompt of a deep model, and get fewer prompts there.
+# A rival is measured on 50 prompts, or on as many as 8,000 passes pay for. Integrated gradients take so many for 50
+# prompts of the bundled models; a deeper model takes more passes per prompt, and gets fewer prompts.
 _RIVAL_PROMPTS, _RIVAL_PASSES = 50, 8000
 
 
