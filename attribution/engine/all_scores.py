@@ -7,22 +7,34 @@ scored in float64 whose brackets overlap there: the answer is that of scoring al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from attribution.engine.base import Base, bases_of, slips
+from attribution.engine.base import Base, base_of, slips
 from attribution.engine.importance import Candidates
-from attribution.engine.methods import Method, Rising, score_candidates
-from attribution.engine.moments import cumulant, moments_of, summed_cumulant
+from attribution.engine.in_float64 import increases
+from attribution.engine.methods import Method, Rising, checked, score_candidates
+from attribution.engine.moments import cumulant, moments_of, summed_cumulants
 from attribution.engine.progress import Progress
 from attribution.engine.projection import behind_norm
 from attribution.engine.vectors import VectorTable
+from attribution.records import NEURON_UNITS
 
-__all__ = ["LARGEST_ERROR", "AllScores", "block_rows", "bracket", "descending", "score", "score_all", "worth_brackets"]
+__all__ = [
+    "LARGEST_ERROR",
+    "AllScores",
+    "block_rows",
+    "bracket",
+    "close_together",
+    "descending",
+    "score",
+    "score_all",
+    "worth_brackets",
+]
 
 # Numbers in one block of updates, candidates x vocabulary: 2**23 float64 numbers are 64 MiB. Each block reads the whole
 # unembedding, except where logits are kept: there a block does better that fits a processor's cache.
@@ -30,13 +42,15 @@ _BLOCK_NUMBERS = 2**23
 _KEPT_BLOCK_NUMBERS = 2**18
 # Probabilities of several prompts that are held at a time, prompts x vocabulary: 2**24 float64 numbers are 128 MiB.
 _HELD_NUMBERS = 2**24
+# Vectors of heads or layers that are scored at a time.
+_HELD_VECTORS = 2**13
 # With fewer logits than this, vectors x vocabulary, scoring everything in float64 is faster than computing brackets.
 _WORTH_BRACKETS = 2**21
 # By how much the remainder of the series may move a score, in nats, before exponentials are summed instead.
-_LARGEST_REMAINDER = 1e-8
+_LARGEST_REMAINDER = 1e-6
 LARGEST_ERROR = 1e-5
 """No score that is handed on is further off, in nats."""
-# Of what is undecided, the widest brackets are closed first: without them, most of the others are decided.
+# So many of the widest brackets are closed at a time.
 _CLOSED_SHARE, _CLOSED_AT_LEAST = 64, 256
 
 
@@ -159,31 +173,59 @@ class AllScores:
     def _overlapping_at(self, ranks: Sequence[int]) -> Tensor:
         order = self.values.argsort(descending=True, stable=True)
         lower, upper = self.values - self.errors - self.tolerance, self.values + self.errors + self.tolerance
-        meets = torch.zeros_like(lower, dtype=torch.bool)
-        for place in order[torch.tensor(ranks, dtype=torch.long, device=order.device)].tolist():
-            own = (lower <= upper[place]) & (upper >= lower[place])
-            if int(own.sum()) > 1:
-                meets |= own
+        places = order[torch.tensor(ranks, dtype=torch.long, device=order.device)].unique()
+
+        def others(index: Tensor) -> Tensor:
+            """Return how many brackets each bracket meets among those of an index, its own one included if it is."""
+            rising, ends = lower[index].sort().values, upper[index].sort().values
+            return torch.searchsorted(rising, upper, right=True) - torch.searchsorted(ends, lower)
+
+        meets = others(places) > 0
+        meets[places] = others(order)[places] > 1
         return meets
 
+    def undecided_at(self, ranks: Sequence[int]) -> Tensor:
+        """Return the candidates to score in float64 next, so that those at some ranks can be told; none if they can."""
+        return self._next_open(lambda: self._overlapping_at(ranks))
+
+    def _next_open(self, undecided: Callable[[], Tensor]) -> Tensor:
+        """Return those with the widest brackets of what is undecided: without them, most of the others are decided."""
+        if not self.errors.any():
+            return torch.zeros(0, dtype=torch.long, device=self.values.device)
+        open_ones = (undecided() & (self.errors > 0)).nonzero()[:, 0]
+        number = max(_CLOSED_AT_LEAST, len(open_ones) // _CLOSED_SHARE)
+        return open_ones[self.errors[open_ones].topk(min(number, len(open_ones))).indices]
+
     def _decide(self, undecided: Callable[[], Tensor]) -> None:
-        """Score in float64 what is undecided and has a bracket, the widest first, until nothing is."""
-        while self.errors.any():
-            open_ones = (undecided() & (self.errors > 0)).nonzero()[:, 0]
-            if not len(open_ones):
-                return
-            number = max(_CLOSED_AT_LEAST, len(open_ones) // _CLOSED_SHARE)
-            self.close(open_ones[self.errors[open_ones].topk(min(number, len(open_ones))).indices])
+        """Score in float64 what is undecided until nothing is."""
+        while len(index := self._next_open(undecided)):
+            self.close(index)
 
     def close(self, index: Tensor) -> None:
         """Score candidates in float64."""
         if not len(index):
             return
-        candidates = self.candidates.afresh(self.candidates.sublayer_index[index].unique())
-        for block in index.split(block_rows(candidates)):
-            self.values[block] = score_candidates(self.method, candidates.take(block))
-        self.errors[index] = 0
-        self.closed += len(index)
+        close_together([self], [index])
+
+
+def close_together(found: Sequence[AllScores], chosen: Sequence[Tensor]) -> None:
+    """Score candidates of several prompts in float64, by one method, in one pass over the unembedding.
+
+    Args:
+        found: Scores that are brackets.
+        chosen: Which candidates of each.
+    """
+    if not found:
+        return
+    rising = found[0].method.rising
+    assert rising is not None, "no other score has a bracket"
+    parts = [[each.candidates.take(index)] for each, index in zip(found, chosen, strict=True)]
+    for each, index, ((increase, log_prob),) in zip(
+        found, chosen, increases(parts, uniform=rising.uniform), strict=True
+    ):
+        each.values[index] = rising.score(increase, log_prob)
+        each.errors[index] = 0
+        each.closed += len(index)
 
 
 def score_all(
@@ -205,6 +247,8 @@ def score_all(
         return []
     table = candidates[0].table
     found: list[AllScores] = []
+    if method.rising is not None and table.unit not in NEURON_UNITS:
+        return _of_own_vectors(candidates, method, method.rising, with_first_order=with_first_order, progress=progress)
     if method.rising is None or not worth_brackets(table):
         with _shown(progress, len(candidates), "prompt") as update:
             for each in candidates:
@@ -258,6 +302,45 @@ def _in_float64(candidates: Candidates, method: Method, *, with_first_order: boo
     return AllScores(candidates, method, values, torch.zeros_like(values), tolerance, first_order, len(values))
 
 
+def _of_own_vectors(
+    candidates: Sequence[Candidates],
+    method: Method,
+    rising: Rising,
+    *,
+    with_first_order: bool,
+    progress: Progress | None,
+) -> list[AllScores]:
+    """Return the scores of heads or layers, whose vectors each prompt has for itself: all in float64."""
+    found: list[AllScores] = []
+    held = max(1, _HELD_VECTORS // len(candidates[0]))
+    with _shown(progress, len(candidates), "prompt") as update:
+        for start in range(0, len(candidates), held):
+            group = candidates[start : start + held]
+            scored = increases([[each] for each in group], uniform=rising.uniform)
+            terms: Sequence[Tensor | None] = [None] * len(group)
+            if with_first_order and method.first_order is not None:
+                terms = _first_orders(group, uniform=rising.uniform)
+            for each, term, ((increase, log_prob),) in zip(group, terms, scored, strict=True):
+                scores = checked(method, rising.score(increase, log_prob), each)
+                found.append(
+                    AllScores(each, method, scores, torch.zeros_like(scores), each.tolerance, term, len(scores))
+                )
+            update(len(group))
+    return found
+
+
+def _first_orders(candidates: Sequence[Candidates], *, uniform: bool) -> list[Tensor]:
+    """Return the first-order terms of the importance of all heads or layers of each prompt, (n,) each."""
+    found = [torch.empty_like(each.coefficient) for each in candidates]
+    for sublayer_index in range(len(candidates[0].table.sublayers)):
+        base = base_of(candidates, [sublayer_index], uniform=uniform)
+        for each, terms, answer, mean in zip(candidates, found, base.answers, base.means[0], strict=True):
+            place = (each.sublayer_index == sublayer_index).nonzero()[:, 0]
+            written = each.table.written(sublayer_index, each.row[place])
+            terms[place] = each.coefficient[place] / each.scale * (written @ (answer - mean))
+    return found
+
+
 def bracket(rising: Rising, increase: Tensor, error: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scores of importances, and how far they can be off where these can be so far off, (n,) each."""
     value = rising.score(increase, log_prob)
@@ -275,83 +358,57 @@ def _opened(candidates: Candidates, method: Method, *, with_first_order: bool) -
 
 
 def _bracket(found: Sequence[AllScores], candidates: Sequence[Candidates], sublayer_index: int, rising: Rising) -> None:
-    """Bracket the scores of all candidates of one sublayer."""
-    table = candidates[0].table
-    shared = all(each.table is table for each in candidates)
-    (base,) = bases_of(candidates, [sublayer_index], uniform=rising.uniform)
-    here = [(each.sublayer_index == sublayer_index).nonzero()[:, 0] for each in candidates]
-    sweep = _of_shared_vectors if shared else _of_own_vectors
-    for place, column, first, spent, error in sweep(candidates, here, sublayer_index, base):
-        own, log_prob, increase = found[column], base.log_probs[column], first - spent
-        own.values[place], own.errors[place] = bracket(rising, increase, error, log_prob)
+    """Bracket the scores of all candidates of one sublayer, whose vectors all prompts share."""
+    base = base_of(candidates, [sublayer_index], uniform=rising.uniform)
+    for column, (place, first, spent, error) in enumerate(_swept(candidates, sublayer_index, base)):
+        own, log_prob = found[column], base.log_probs[0, column]
+        own.values[place], own.errors[place] = bracket(rising, first - spent, error, log_prob)
         if own.first_order is not None:
             own.first_order[place] = first
 
 
-_Swept = Iterator[tuple[Tensor, int, Tensor, Tensor, Tensor]]
-
-
-def _of_shared_vectors(
-    candidates: Sequence[Candidates], here: Sequence[Tensor], sublayer_index: int, base: Base
-) -> _Swept:
-    """Yield a prompt's candidates: their places, the prompt's number, first-order terms, K, and the error of K."""
+def _swept(
+    candidates: Sequence[Candidates], sublayer_index: int, base: Base
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return of each prompt its candidates in a sublayer, their first-order terms, K, and the error of K."""
     table = candidates[0].table
     written = table.every(sublayer_index)
     one = torch.ones((), dtype=torch.float64, device=written.device)
     normed = behind_norm(written, one, table.readout).to(table.scan_dtype)
     moments = moments_of(normed, table.readout.unembedding, base.probs)
-    means, own = written @ base.means.T, written @ base.answers.T
+    means, own = written @ base.means[0].T, written @ base.answers.T
     slip_of = slips(table, table.norms_of(sublayer_index))
-    wide: list[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-    for column, (each, place) in enumerate(zip(candidates, here, strict=True)):
+    swept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    wide: list[tuple[Tensor, ...]] = []
+    for column, each in enumerate(candidates):
+        place = (each.sublayer_index == sublayer_index).nonzero()[:, 0]
         rows, coefficient = each.row[place], each.coefficient[place] / each.scale
         first = coefficient * (own[rows, column] - means[rows, column])
         slip = coefficient.abs() * slip_of[rows]
-        value, remainder, rounding = cumulant(moments, rows, base.column(column), coefficient, slip, base.most[column])
+        value, remainder, rounding = cumulant(
+            moments, rows, min(column, len(base.probs) - 1), coefficient, slip, base.most[0, column]
+        )
+        swept.append((place, first, value, remainder + rounding))
         # NaN, where moments of a very long vector overflow, counts as large.
-        far = ~(remainder <= _LARGEST_REMAINDER)
-        yield place[~far], column, first[~far], value[~far], (remainder + rounding)[~far]
-        wide.append((column, place[far], rows[far], coefficient[far], first[far], slip[far]))
+        far = (~(remainder <= _LARGEST_REMAINDER)).nonzero()[:, 0]
+        wide.append((torch.full_like(far, column), far, rows[far], coefficient[far], slip[far]))
     # What moves a logit by much, through the unembedding once more: exponentials of few.
-    every = torch.cat([rows for _, _, rows, _, _, _ in wide]).unique()
-    for block in every.split(block_rows(candidates[0])):
-        logits = normed[block] @ table.readout.unembedding.to(normed.dtype).T
-        for column, place, rows, coefficient, first, slip in wide:
-            chosen = torch.isin(rows, block)
-            if chosen.any():
-                picked = torch.searchsorted(block, rows[chosen])
-                about = logits[picked] - means[rows[chosen], column, None].to(logits.dtype)
-                value, error = summed_cumulant(
-                    about, base.of(column), coefficient[chosen], slip[chosen], base.most[column]
-                )
-                yield place[chosen], column, first[chosen], value, error
-
-
-def _of_own_vectors(
-    candidates: Sequence[Candidates], here: Sequence[Tensor], sublayer_index: int, base: Base
-) -> _Swept:
-    """Yield the same for heads and layers, whose vectors each prompt has for itself: exponentials of all."""
-    readout, dtype = candidates[0].table.readout, candidates[0].table.scan_dtype
-    rows = [each.row[place] for each, place in zip(candidates, here, strict=True)]
-    written = torch.cat([each.table.written(sublayer_index, own) for each, own in zip(candidates, rows, strict=True)])
-    columns = torch.cat([torch.full_like(own, column) for column, own in enumerate(rows)])
-    coefficient = torch.cat(
-        [each.coefficient[place] / each.scale for each, place in zip(candidates, here, strict=True)]
+    columns, far, rows, coefficient, slip = (torch.cat(each) for each in zip(*wide, strict=True))
+    order = rows.argsort()
+    spent, error = summed_cumulants(
+        normed,
+        table.readout.unembedding,
+        base.probs,
+        vector=rows[order],
+        state=base.rows(torch.zeros_like(columns), columns)[order],
+        mean=means[rows, columns][order],
+        coefficient=coefficient[order],
+        slip=slip[order],
+        most=base.most[0, columns][order],
     )
-    norms = [each.table.norms_of(sublayer_index)[own] for each, own in zip(candidates, rows, strict=True)]
-    slip = slips(candidates[0].table, torch.cat(norms)) * coefficient.abs()
-    means, answers = ((written * each[columns]).sum(-1) for each in (base.means, base.answers))
-    one = torch.ones((), dtype=torch.float64, device=written.device)
-    normed = behind_norm(written, one, readout).to(dtype)
-    # Many prompts in one product: it reads the whole unembedding.
-    for block in torch.arange(len(written), device=written.device).split(block_rows(candidates[0])):
-        logits = normed[block] @ readout.unembedding.to(dtype).T
-        logits -= means[block, None].to(dtype)
-        for column in columns[block].unique().tolist():
-            chosen = columns[block] == column
-            own = block[chosen]
-            value, error = summed_cumulant(
-                logits[chosen], base.of(column), coefficient[own], slip[own], base.most[column]
-            )
-            place = here[column][own - int((columns < column).sum())]
-            yield place, column, coefficient[own] * (answers[own] - means[own]), value, error
+    back = order.argsort()
+    for (_, _, value, off), own_far, own_spent, own_error in zip(
+        swept, *(each.split([len(one[1]) for one in wide]) for each in (far, spent[back], error[back])), strict=True
+    ):
+        value[own_far], off[own_far] = own_spent, own_error
+    return swept

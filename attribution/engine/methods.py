@@ -25,6 +25,7 @@ __all__ = [
     "Rising",
     "Score",
     "bound_candidates",
+    "checked",
     "method_named",
     "register_method",
     "score_candidates",
@@ -181,16 +182,27 @@ def score_candidates(method: Method, candidates: Candidates) -> Tensor:
     Raises:
         BadInputError: If the method returns a wrong shape, a wrong device or a NaN.
     """
-    return _checked(method, "", method.score(candidates), candidates)
+    return checked(method, method.score(candidates), candidates)
 
 
 def bound_candidates(method: Method, candidates: Candidates) -> Tensor:
     """Return a method's upper bounds, checked in the same way; an error if it has none."""
     assert method.bound is not None
-    return _checked(method, " as a bound", method.bound(candidates), candidates)
+    return checked(method, method.bound(candidates), candidates, role=" as a bound")
 
 
-def _checked(method: Method, role: str, scores: object, candidates: Candidates) -> Tensor:
+def checked(method: Method, scores: object, candidates: Candidates, *, role: str = "") -> Tensor:
+    """Return what a method made of candidates in float64, checked.
+
+    Args:
+        method: The method.
+        scores: What it returned.
+        candidates: What of.
+        role: What else than scores it is, for the message.
+
+    Raises:
+        BadInputError: If it has a wrong shape, is on a wrong device or holds a NaN.
+    """
     expected = candidates.coefficient
     if not isinstance(scores, Tensor) or scores.shape != expected.shape or scores.device != expected.device:
         got = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else type(scores).__name__

@@ -22,12 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "cumulant", "moments_of", "summed_cumulant"]
+from attribution.engine.segments import chunks_of, each_segment
 
-# Tokens that are projected at a time: with a sublayer's vectors, their logits fit a processor's cache.
-_CHUNK_TOKENS = 2048
-# Logits whose exponentials are summed at a time: 2**19 float32 numbers are 2 MiB.
-_CACHED_NUMBERS = 2**19
+__all__ = ["Moments", "cumulant", "moments_of", "summed_cumulants"]
+
+# Tokens that are projected at a time, and updates whose exponentials are then summed at a time: what is made of them in
+# float32 stays in a processor's cache.
+_CHUNK_TOKENS, _CACHED_ROWS = 1024, 64
+# Vectors whose moments are computed at a time.
+_BLOCK_ROWS = 512
 # Exponents are summed up to it, e^40 = 2e17: no sum in float32 overflows.
 _LARGEST_EXPONENT = 40.0
 
@@ -55,33 +58,41 @@ def moments_of(vectors: Tensor, unembedding: Tensor, probs: Tensor) -> Moments:
     Args:
         vectors: v behind the final norm, for a frozen scale of 1, (n, width), in the dtype to compute in.
         unembedding: W_U, (vocabulary, width).
-        probs: The distributions, (vocabulary, distributions), in that dtype.
+        probs: The distributions, (distributions, vocabulary), in that dtype.
     """
     # About the mean under all distributions together, so that little cancels in central moments.
-    average, centre = probs.mean(1), vectors.new_zeros(vectors.shape[1])
-    for part in _chunks(len(unembedding)):
-        centre += average[part] @ unembedding[part].to(vectors.dtype)
+    average = probs.mean(0)
+    centre = sum(each_segment(unembedding, lambda part: average[part] @ unembedding[part].to(vectors.dtype)))
+    assert isinstance(centre, Tensor)
     origin = (vectors @ centre)[:, None]
-    powers = torch.zeros(4, len(vectors), probs.shape[1], dtype=torch.float64, device=vectors.device)
-    largest = vectors.new_zeros(len(vectors))
-    for part in _chunks(len(unembedding)):
-        logits = torch.addmm(origin, vectors, unembedding[part].to(vectors.dtype).T, beta=-1)
-        largest = torch.maximum(largest, _largest(logits))
-        squares = logits * logits
-        powers[0] += logits @ probs[part]
-        powers[1] += squares @ probs[part]
-        powers[2] += logits.mul_(squares) @ probs[part]
-        powers[3] += squares.mul_(squares) @ probs[part]
-    return Moments(powers, largest.double(), torch.finfo(vectors.dtype).eps, len(unembedding))
+    blocks = chunks_of(slice(0, len(vectors)), _BLOCK_ROWS)
+
+    def of_segment(segment: slice) -> tuple[Tensor, Tensor]:
+        powers = torch.zeros(4, len(vectors), len(probs), dtype=torch.float64, device=vectors.device)
+        largest = vectors.new_zeros(len(vectors))
+        for part in chunks_of(segment, _CHUNK_TOKENS):
+            rows, own = unembedding[part].to(vectors.dtype).T, probs[:, part].T
+            for block in blocks:
+                logits = torch.addmm(origin[block], vectors[block], rows, beta=-1)
+                largest[block] = torch.maximum(largest[block], _largest(logits))
+                squares = logits * logits
+                powers[0, block] += logits @ own
+                powers[1, block] += squares @ own
+                powers[2, block] += logits.mul_(squares) @ own
+                powers[3, block] += squares.mul_(squares) @ own
+        return powers, largest
+
+    every = each_segment(unembedding, of_segment)
+    total, most = every[0]
+    for powers, largest in every[1:]:
+        total += powers
+        most = torch.maximum(most, largest)
+    return Moments(total, most.double(), torch.finfo(vectors.dtype).eps, len(unembedding))
 
 
 def _largest(logits: Tensor) -> Tensor:
     """Return the largest absolute value of each row: in two passes, which take a third of the time of a norm."""
     return torch.maximum(logits.amax(1), -logits.amin(1))
-
-
-def _chunks(tokens: int) -> list[slice]:
-    return [slice(start, start + _CHUNK_TOKENS) for start in range(0, tokens, _CHUNK_TOKENS)]
 
 
 def cumulant(
@@ -132,30 +143,56 @@ def slipped(quadratic: Tensor, growth: Tensor, slip: Tensor, most: Tensor) -> Te
     return slip * apart + slip**2
 
 
-def summed_cumulant(
-    logits: Tensor, probs: Tensor, coefficient: Tensor, slip: Tensor, most: Tensor
+def summed_cumulants(
+    vectors: Tensor,
+    unembedding: Tensor,
+    probs: Tensor,
+    *,
+    vector: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    coefficient: Tensor,
+    slip: Tensor,
+    most: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return K(c) by exponentials, and what bounds its error.
+    """Return K(c) of updates by exponentials, and what bounds its error.
 
     Args:
-        logits: X, projections less their means, (m, vocabulary); overwritten.
-        probs: The distribution, (vocabulary,), in the same dtype.
-        coefficient: c, (m,), float64.
-        slip: How far rounding can move c u_t of each, (m,).
-        most: The largest probability, a scalar.
+        vectors: v behind the final norm, for a frozen scale of 1, (m, width), in the dtype to compute in.
+        unembedding: W_U, (vocabulary, width).
+        probs: The distributions, (states, vocabulary), in that dtype.
+        vector: Which vector each update is a multiple of, (n,); faster where they rise.
+        state: Which distribution its K is over, (n,).
+        mean: E_p u of each, (n,), float64.
+        coefficient: c, (n,), float64.
+        slip: How far rounding can move c u_t of each, (n,).
+        most: The largest probability of its distribution, (n,).
 
     Returns:
-        (m,) each, in nats.
+        (n,) each, in nats.
     """
-    gained, largest = torch.empty_like(coefficient), torch.empty_like(coefficient)
-    # A few rows at a time stay in a processor's cache.
-    for part in torch.arange(len(logits), device=logits.device).split(max(1, _CACHED_NUMBERS // logits.shape[1])):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
-        moved = logits[rows].mul_(coefficient[rows, None].to(logits.dtype))
-        largest[rows] = _largest(moved).double()
-        # E (exp(x) - 1 - x): no term is negative, and a mean that is off by rounding counts only to second order.
-        gained[rows] = (torch.expm1(moved).sub_(moved) @ probs).double().clamp(min=0)
-    eps, tokens = torch.finfo(logits.dtype).eps, logits.shape[1]
+    dtype = vectors.dtype
+    factor, shift = coefficient.to(dtype)[:, None], -(coefficient * mean).to(dtype)[:, None]
+    blocks = [
+        (block, *vector[block].unique(return_inverse=True)) for block in chunks_of(slice(0, len(vector)), _CACHED_ROWS)
+    ]
+
+    def of_segment(segment: slice) -> tuple[Tensor, Tensor]:
+        gained, largest = torch.zeros_like(coefficient), vectors.new_zeros(len(vector))
+        for part in chunks_of(segment, _CHUNK_TOKENS):
+            rows = unembedding[part].to(dtype).T
+            for block, written, at_vector in blocks:
+                moved = torch.addcmul(shift[block], (vectors[written] @ rows)[at_vector], factor[block])
+                largest[block] = torch.maximum(largest[block], _largest(moved))
+                # E (exp(x) - 1 - x): no term is negative, and a mean that is off by rounding counts only to second
+                # order.
+                terms = torch.expm1(moved).sub_(moved)
+                gained[block] += torch.linalg.vecdot(terms, probs[state[block], part])
+        return gained, largest
+
+    sums, tops = zip(*each_segment(unembedding, of_segment), strict=True)
+    gained, largest = torch.stack(sums).sum(0).clamp(min=0), torch.stack(tops).amax(0).double()
+    eps, tokens = torch.finfo(dtype).eps, len(unembedding)
     # Half the mean square of x is no more than what is gained times e^B.
     growth = largest.clamp(max=_LARGEST_EXPONENT).exp()
     rounding = 4 * eps * (tokens**0.5 * gained + (2 * gained).sqrt() * growth) / (1 + gained)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attribution.engine.projection import before_softmax, direction_of
+from attribution.engine.projection import before_softmax, behind_norm, direction_of
+from attribution.engine.segments import chunks_of, each_segment
 from attribution.models.anatomy import Readout
 
 __all__ = ["Levels", "bracketed", "counted", "kept_ranks", "levels_of", "ranks_of"]
@@ -27,8 +28,10 @@ __all__ = ["Levels", "bracketed", "counted", "kept_ranks", "levels_of", "ranks_o
 _FIRST, _PER_OCTAVE = 8, 4
 # Logits, vectors x vocabulary, that are held at a time: 2**24 float32 numbers are 64 MiB.
 _HELD_NUMBERS = 2**24
+# Tokens and vectors whose logits are compared at a time: they stay in a processor's cache.
+_CHUNK_TOKENS, _CACHED_ROWS = 1024, 128
 # Beyond this part of the tokens it is faster to project all of them in float64 than to take each by itself.
-_NEAR_SHARE = 64
+_NEAR_SHARE, _FEW_NEAR = 64, 16
 
 
 @dataclass(frozen=True)
@@ -105,29 +108,44 @@ def counted(vectors: Tensor, answer: int, readout: Readout, dtype: torch.dtype, 
         dtype: What logits are computed in where it can tell them apart.
         reach: How far rounding in it can move the difference of two logits, (n,).
     """
-    rows = max(1, _HELD_NUMBERS // len(readout.unembedding))
-    parts = zip(vectors.split(rows), reach.split(rows), strict=True)
-    return torch.cat([_counted(part, answer, readout, dtype, margin) for part, margin in parts])
-
-
-def _counted(vectors: Tensor, answer: int, readout: Readout, dtype: torch.dtype, reach: Tensor) -> Tensor:
+    if not len(vectors):
+        return torch.zeros(0, dtype=torch.long, device=vectors.device)
     one = torch.ones((), dtype=dtype, device=vectors.device)
-    logits = before_softmax(vectors.to(dtype), one, readout)
-    own = logits[:, answer, None]
-    ranks = 1 + (logits > own + reach[:, None]).sum(-1)
+    normed = behind_norm(vectors.to(dtype), one, readout)
+    own = _along(vectors, torch.full((len(vectors),), answer, device=vectors.device), readout)
+    above, below = ((own + sign * reach).to(dtype)[:, None] for sign in (1, -1))
+    blocks = chunks_of(slice(0, len(vectors)), _CACHED_ROWS)
+
+    def of_segment(segment: slice) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Return how many of some tokens are ahead, which rows have many near ones, and the near ones of the others."""
+        ahead = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
+        flat = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
+        near_rows, near_tokens = [], []
+        for part in chunks_of(segment, _CHUNK_TOKENS):
+            rows = readout.unembedding[part].to(dtype).T
+            for block in blocks:
+                logits = normed[block] @ rows
+                over = logits > above[block]
+                # Counted in 32 bits, which takes less than half of the time.
+                ahead[block] += over.sum(-1, dtype=torch.int32)
+                near = over.logical_xor_(logits >= below[block])
+                many = near.sum(-1, dtype=torch.int32) > max(_FEW_NEAR, near.shape[1] // _NEAR_SHARE)
+                flat[block] |= many
+                row, token = (near & ~many[:, None]).nonzero(as_tuple=True)
+                near_rows.append(row + block.start)
+                near_tokens.append(token + part.start)
+        return ahead, flat, near_rows, near_tokens
+
+    ahead, flat, near_rows, near_tokens = zip(*each_segment(readout.unembedding, of_segment), strict=True)
+    ranks, many = 1 + torch.stack(ahead).sum(0), torch.stack(flat).any(0)
     # What is nearer is told apart in float64. The answer itself is among it, so that equal tokens stay equal.
-    near = (logits - own).abs() <= reach[:, None]
-    del logits
-    # Of a vector that hardly moves a logit every token is near: it is projected in float64 as a whole.
-    flat = near.sum(-1) > near.shape[1] // _NEAR_SHARE
-    if flat.any():
-        ranks[flat] = _counted_in_full(vectors[flat], answer, readout)
-        near[flat] = False
-    row, token = near.nonzero(as_tuple=True)
-    own64 = _along(vectors, torch.full((len(vectors),), answer, device=vectors.device), readout)
+    row, token = (torch.cat([each for own in lists for each in own]) for lists in (near_rows, near_tokens))
     for part in torch.arange(len(row), device=row.device).split(max(1, _HELD_NUMBERS // vectors.shape[1])):
-        ahead = _along(vectors[row[part]], token[part], readout) > own64[row[part]]
-        ranks.index_add_(0, row[part], ahead.to(ranks.dtype))
+        closer = _along(vectors[row[part]], token[part], readout) > own[row[part]]
+        ranks.index_add_(0, row[part], closer.to(ranks.dtype))
+    # Of a vector that hardly moves a logit every token is near: it is projected in float64 as a whole.
+    if many.any():
+        ranks[many] = _counted_in_full(vectors[many], answer, readout)
     return ranks
 
 

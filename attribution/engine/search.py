@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attribution.engine.all_scores import AllScores, block_rows, bracket
-from attribution.engine.base import Base, bases_of, slips
-from attribution.engine.importance import Candidates, log_prob_increase
+from attribution.engine.all_scores import AllScores, bracket, close_together
+from attribution.engine.base import Base, base_of, slips
+from attribution.engine.importance import Candidates
+from attribution.engine.in_float64 import increases
 from attribution.engine.methods import Method, Rising
-from attribution.engine.moments import summed_cumulant
-from attribution.engine.projection import before_softmax, behind_norm
+from attribution.engine.moments import summed_cumulants
+from attribution.engine.projection import behind_norm
 
 __all__ = ["MORE", "ORDERED", "Found", "Together", "least_tied"]
 
@@ -62,12 +63,12 @@ class _Terms:
     """What the importances of all candidates over some distributions have in common.
 
     Attributes:
-        bases: By sublayer.
+        base: The distributions of all sublayers.
         means: E_p u of every vector for each prompt, (vectors, prompts).
         answers: u_w, (vectors, prompts).
     """
 
-    bases: list[Base]
+    base: Base
     means: Tensor
     answers: Tensor
 
@@ -97,102 +98,94 @@ class Together:
         searches = [
             _Search(each, method, k, *self._bounds(rising, column)) for column, each in enumerate(self.candidates)
         ]
-        while wanted := {column: index for column, each in enumerate(searches) if len(index := each.wanted())}:
-            for column, brackets in self._brackets(wanted, rising, terms).items():
-                searches[column].take(wanted[column], *brackets)
+        left = list(range(len(searches)))
+        while left:
+            wanted = {column: index for column in left if len(index := searches[column].wanted())}
+            left = [column for column in left if column in wanted or len(searches[column].undecided)]
+            if wanted:
+                for column, brackets in self._brackets(wanted, rising, terms).items():
+                    searches[column].take(wanted[column], *brackets)
+            # Float64 tells apart what brackets cannot, for all prompts in one pass.
+            unsure = [searches[column] for column in left if column not in wanted]
+            close_together([each.sorted_out() for each in unsure], [each.undecided for each in unsure])
         found = [each.found() for each in searches]
         if not exact_scores:
             return found
-        scores = self._in_float64([each.indices for each in found], rising)
-        return [replace(each, scores=own, error=0.0) for each, own in zip(found, scores, strict=True)]
-
-    def _in_float64(self, indices: Sequence[Tensor], rising: Rising) -> list[Tensor]:
-        """Return the scores of some candidates of each prompt; one product serves all prompts."""
-        table, sublayers = self.table, len(self.table.sublayers)
-        parts = [each.take(index) for each, index in zip(self.candidates, indices, strict=True)]
-        column = torch.cat([torch.full_like(index, place) for place, index in enumerate(indices)])
-        vector = torch.cat([part.vector for part in parts])
-        stream = column * sublayers + torch.cat([part.sublayer_index for part in parts])
-        coefficient = torch.cat([part.coefficient / part.scale for part in parts])
-        states = torch.cat([each.streams.states for each in self.candidates])
-        scales = torch.stack([each.scale for each in self.candidates]).repeat_interleave(sublayers)
-        one, scores = torch.ones_like(scales[0]), torch.empty_like(coefficient)
-        for block in vector.argsort().split(block_rows(self.candidates[0])):
-            vectors, at_vector = vector[block].unique(return_inverse=True)
-            streams, at_stream = stream[block].unique(return_inverse=True)
-            update = before_softmax(table.written_at(vectors), one, table.readout)[at_vector]
-            update *= coefficient[block, None]
-            logits = before_softmax(states[streams], scales[streams], table.readout)
-            log_probs = (torch.zeros_like(logits) if rising.uniform else logits).log_softmax(-1)[at_stream]
-            for place in column[block].unique().tolist():
-                own, answer = column[block] == place, self.candidates[place].answer
-                increase = log_prob_increase(log_probs[own], update[own], answer)
-                scores[block[own]] = rising.score(increase, log_probs[own, answer])
-        return list(scores.split([len(index) for index in indices]))
+        chosen = [[each.take(own.indices)] for each, own in zip(self.candidates, found, strict=True)]
+        scored = increases(chosen, uniform=rising.uniform)
+        return [
+            replace(each, scores=rising.score(increase, log_prob), error=0.0)
+            for each, ((increase, log_prob),) in zip(found, scored, strict=True)
+        ]
 
     def _of(self, rising: Rising) -> _Terms:
         if rising.uniform not in self._terms:
             every = range(len(self.table.sublayers))
-            bases = bases_of(self.candidates, every, uniform=rising.uniform)
+            base = base_of(self.candidates, every, uniform=rising.uniform)
             means, answers = [], []
-            for sublayer_index, base in zip(every, bases, strict=True):
+            for sublayer_index, mean in zip(every, base.means, strict=True):
                 written = self.table.every(sublayer_index)
-                means.append(written @ base.means.T)
+                means.append(written @ mean.T)
                 answers.append(written @ base.answers.T)
-            self._terms[rising.uniform] = _Terms(bases, torch.cat(means), torch.cat(answers))
+            self._terms[rising.uniform] = _Terms(base, torch.cat(means), torch.cat(answers))
         return self._terms[rising.uniform]
 
     def _bounds(self, rising: Rising, column: int) -> tuple[Tensor, Tensor]:
         """Return the bounds of a prompt's candidates, and the first-order terms that they follow from, (n,) each."""
         terms, candidates = self._of(rising), self.candidates[column]
         first = _first_order(candidates, column, terms)
-        log_probs = torch.stack([base.log_probs[column] for base in terms.bases])
-        return rising.score(first, log_probs[candidates.sublayer_index]), first
+        return rising.score(first, terms.base.log_probs[candidates.sublayer_index, column]), first
 
     def _brackets(
         self, wanted: Mapping[int, Tensor], rising: Rising, terms: _Terms
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Return the scores of some candidates of each prompt, and how far each can be off."""
-        table, device = self.table, self.table.offsets.device
-        found = {
-            column: torch.empty(2, len(index), dtype=torch.float64, device=device) for column, index in wanted.items()
-        }
-        vectors = {column: self.candidates[column].vector[index] for column, index in wanted.items()}
-        slip = slips(table, table.norms)
-        one = torch.ones((), dtype=torch.float64, device=device)
-        for block in torch.cat(list(vectors.values())).unique().split(block_rows(self.candidates[0])):
-            normed = behind_norm(table.written_at(block), one, table.readout).to(table.scan_dtype)
-            logits = normed @ table.readout.unembedding.to(table.scan_dtype).T
-            for column, own in vectors.items():
-                here = ((own >= block[0]) & (own <= block[-1])).nonzero()[:, 0]
-                if len(here):
-                    part = self.candidates[column].take(wanted[column][here])
-                    seen = logits[torch.searchsorted(block, own[here])]
-                    found[column][:, here] = torch.stack(_bracketed(part, column, seen, slip[own[here]], rising, terms))
-        return {column: (own[0], own[1]) for column, own in found.items()}
+        table, base = self.table, terms.base
+        # 1. Every candidate that is looked at, of all prompts, in the order of the vectors.
+        parts = {column: self.candidates[column].take(index) for column, index in wanted.items()}
+        sublayer_index, vector, coefficient, column = (
+            torch.cat(each)
+            for each in zip(
+                *(
+                    (
+                        part.sublayer_index,
+                        part.vector,
+                        part.coefficient / part.scale,
+                        torch.full_like(part.vector, column),
+                    )
+                    for column, part in parts.items()
+                ),
+                strict=True,
+            )
+        )
+        order = vector.argsort()
+        # 2. What each spends on the rest of its distribution, with what bounds the error of that.
+        written, place = vector.unique(return_inverse=True)
+        one = torch.ones((), dtype=torch.float64, device=vector.device)
+        state = base.rows(sublayer_index, column)
+        spent, error = summed_cumulants(
+            behind_norm(table.written_at(written), one, table.readout).to(table.scan_dtype),
+            table.readout.unembedding,
+            base.probs,
+            vector=place[order],
+            state=state[order],
+            mean=terms.means[vector, column][order],
+            coefficient=coefficient[order],
+            slip=(slips(table, table.norms)[vector] * coefficient.abs())[order],
+            most=base.most[sublayer_index, column][order],
+        )
+        # 3. Scores, and how far they can be off.
+        first = coefficient * (terms.answers[vector, column] - terms.means[vector, column])
+        back = order.argsort()
+        values, errors = bracket(rising, first - spent[back], error[back], base.log_probs[sublayer_index, column])
+        sizes = [len(index) for index in wanted.values()]
+        return dict(zip(wanted, zip(values.split(sizes), errors.split(sizes), strict=True), strict=True))
 
 
 def _first_order(candidates: Candidates, column: int, terms: _Terms) -> Tensor:
     vector = candidates.vector
     apart: Tensor = terms.answers[vector, column] - terms.means[vector, column]
     return candidates.coefficient / candidates.scale * apart
-
-
-def _bracketed(
-    candidates: Candidates, column: int, logits: Tensor, slip: Tensor, rising: Rising, terms: _Terms
-) -> tuple[Tensor, Tensor]:
-    """Return the scores of a prompt's candidates, whose vectors were projected, and how far each can be off."""
-    logits -= terms.means[candidates.vector, column, None].to(logits.dtype)
-    coefficient = candidates.coefficient / candidates.scale
-    slip = slip * coefficient.abs()
-    first = _first_order(candidates, column, terms)
-    values, errors = torch.empty_like(first), torch.empty_like(first)
-    for sublayer_index in candidates.sublayer_index.unique().tolist():
-        own, base = (candidates.sublayer_index == sublayer_index).nonzero()[:, 0], terms.bases[sublayer_index]
-        spent, error = summed_cumulant(logits[own], base.of(column), coefficient[own], slip[own], base.most[column])
-        increase, log_prob = first[own] - spent, base.log_probs[column]
-        values[own], errors[own] = bracket(rising, increase, error, log_prob)
-    return values, errors
 
 
 class _Search:
@@ -214,28 +207,40 @@ class _Search:
         self.size = k + MORE
         self.seen = self.order[:0]
         self.brackets = bounds.new_zeros(2, 0)
-        self.best: AllScores | None = None
+        self.scores: AllScores | None = None
+        self.undecided = self.seen
 
     def wanted(self) -> Tensor:
-        """Return the candidates that have to be looked at next, best bound first; none when the search is done."""
+        """Return the candidates that have to be looked at next, best bound first; none if no other can be among the k.
+
+        In that case :attr:`undecided` says which of :attr:`scores` have to be told apart in float64 first; when these
+        are none, the search is done.
+        """
         if not len(self.seen):
             return self._next(-float("inf"))
+        if self.scores is not None:
+            self.brackets = torch.stack([self.scores.values, self.scores.errors])
         values, errors = self.brackets
         # The k-th best is no worse than that.
         further = self._next(float((values - errors).topk(self.k).values[-1]))
-        if len(further) or self.best is not None:
-            return further
-        # What is left cannot be better; whether it is tied is known when the k best are.
-        order = self.seen.argsort()
-        values, errors = self.brackets[:, order]
-        scores = AllScores(self.candidates.take(self.seen[order]), self.method, values, errors, self.tolerance)
-        self.ranked = scores.at(range(self.k))
-        self.best = scores
-        self.seen, self.brackets = self.seen[order], torch.stack([scores.values, scores.errors])
-        further = self._next(least_tied(scores.values, self.k, self.tolerance))
+        if not len(further):
+            scores = self.sorted_out()
+            self.undecided = scores.undecided_at(range(self.k))
+            # What is left cannot be better; whether it is tied is known when the k best are.
+            if not len(self.undecided):
+                further = self._next(least_tied(scores.values, self.k, self.tolerance))
         if len(further):
-            self.best = None
+            self.scores = None
         return further
+
+    def sorted_out(self) -> AllScores:
+        """Return the scores of what was looked at, in the order in which ties fall."""
+        if self.scores is None:
+            order = self.seen.argsort()
+            self.seen, self.brackets = self.seen[order], self.brackets[:, order]
+            values, errors = self.brackets
+            self.scores = AllScores(self.candidates.take(self.seen), self.method, values, errors, self.tolerance)
+        return self.scores
 
     def _next(self, least: float) -> Tensor:
         """Return the next candidates whose bounds reach a score."""
@@ -255,17 +260,12 @@ class _Search:
 
     def found(self) -> Found:
         """Return the k best."""
-        assert self.best is not None, "the search is done"
-        chosen = self.seen[self.ranked]
+        assert self.scores is not None, "the search is done"
+        ranked = self.scores.at(range(self.k))
+        chosen = self.seen[ranked]
         slack = float("inf")
         if len(self.seen) < len(self.bounds):
-            least = least_tied(self.best.values, self.k, self.tolerance)
+            least = least_tied(self.scores.values, self.k, self.tolerance)
             slack = least - float(self.bounds[self.order[len(self.seen)]])
-        return Found(
-            chosen,
-            self.best.values[self.ranked],
-            float(self.best.errors[self.ranked].max()),
-            self.first_order[chosen],
-            len(self.seen),
-            slack,
-        )
+        error = float(self.scores.errors[ranked].max())
+        return Found(chosen, self.scores.values[ranked], error, self.first_order[chosen], len(self.seen), slack)

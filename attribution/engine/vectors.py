@@ -79,6 +79,7 @@ class VectorTable:
         self._records: dict[tuple[int, int, int], Component] = {}
         self._ranks: dict[int, Tensor] = {}
         self._brackets: dict[int, tuple[Tensor, Tensor]] = {}
+        self._counts: dict[int, Tensor] = {}
         self._indices: dict[int, tuple[Tensor, ...]] = {}
 
     @classmethod
@@ -246,6 +247,7 @@ class VectorTable:
                 # A vector that is zero has the answer first, with all others.
                 kept[answer] = least, largest.where(self.norms > 0, least)
             self._brackets = kept
+            self._counts = {answer: counts for answer, counts in self._counts.items() if answer in kept}
 
     def rank_brackets(self, answer: int) -> tuple[Tensor, Tensor]:
         """Return the least and the largest rank that the answer can have in bs(v), (rows of all sublayers,) each."""
@@ -277,10 +279,13 @@ class VectorTable:
             return known[self.offsets[sublayer_index] + row]
         every = self.offsets[sublayer_index] + row
         least, largest = (each[every] for each in self.rank_brackets(answer))
-        unsure = (least < largest).nonzero()[:, 0]
+        # Several methods ask for the ranks of one answer.
+        counts = self._counts.setdefault(answer, torch.zeros_like(self.norms, dtype=torch.int32))
+        unsure = ((least < largest) & (counts[every] == 0)).nonzero()[:, 0]
         vectors = self._written(sublayer_index[unsure], row[unsure])
         ranks = counted(vectors, answer, self.readout, self.scan_dtype, self._reach[every[unsure]])
-        return 1 / least.index_copy(0, unsure, ranks).double()
+        counts[every[unsure]] = ranks.to(counts.dtype)
+        return 1 / least.where(least == largest, counts[every]).double()
 
     @cached_property
     def keeps_logits(self) -> bool:

@@ -14,7 +14,7 @@ from attribution.engine import all_scores, vectors
 from attribution.engine.all_scores import AllScores, descending, score_all
 from attribution.engine.importance import Candidates, Streams
 from attribution.engine.methods import METHODS, method_named
-from attribution.engine.moments import cumulant, moments_of, summed_cumulant
+from attribution.engine.moments import cumulant, moments_of, summed_cumulants
 from attribution.engine.top_k import searched_together, top_k_together
 from attribution.engine.vectors import VectorTable
 from attribution.models.anatomy import Readout
@@ -162,18 +162,28 @@ def test_small_updates_need_no_float64() -> None:
 def test_both_ways_to_a_cumulant_agree(seed: int, size: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     vectors_, unembedding = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (5, 50))
-    probs = torch.randn(50, 2, generator=generator, dtype=torch.float64).softmax(0)
+    probs = torch.randn(2, 50, generator=generator, dtype=torch.float64).softmax(1)
     rows, coefficient = torch.arange(5), torch.full((5,), size, dtype=torch.float64)
     slip = torch.zeros(5, dtype=torch.float64)
     moments = moments_of(vectors_, unembedding, probs)
     logits = vectors_ @ unembedding.T
-    for column in (0, 1):
-        most = probs[:, column].max()
-        about = logits - (logits @ probs[:, column])[:, None]
-        truth = (probs[:, column].log() + size * about).logsumexp(-1)
+    for column, own in enumerate(probs):
+        most = own.max()
+        means = logits @ own
+        truth = (own.log() + size * (logits - means[:, None])).logsumexp(-1)
         value, remainder, rounding = cumulant(moments, rows, column, coefficient, slip, most)
         assert ((value - truth).abs() <= remainder + rounding + 1e-13).all()
-        value, error = summed_cumulant(about.clone(), probs[:, column], coefficient, slip, most)
+        value, error = summed_cumulants(
+            vectors_,
+            unembedding,
+            probs,
+            vector=rows,
+            state=torch.full_like(rows, column),
+            mean=means,
+            coefficient=coefficient,
+            slip=slip,
+            most=most.expand(5),
+        )
         assert ((value - truth).abs() <= error + 1e-13).all()
 
 
