@@ -18,11 +18,11 @@ from attribution.claims.judge import Claim, Verdict, judge, judge_exact
 from attribution.claims.measured import Exact, Measured, NotApplicable
 from attribution.claims.sample import Sample
 from attribution.engine.ablation import outcomes
-from attribution.engine.all_scores import LARGEST_ERROR, AllScores, score_all
+from attribution.engine.all_scores import AllScores, score_all, score_parts
 from attribution.engine.batching import batches_of, freed_memory_returned
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, worst
 from attribution.engine.masks import AblationKind
-from attribution.engine.methods import method_named
+from attribution.engine.methods import METHODS, method_named
 from attribution.engine.metrics import METRICS, by_metric
 from attribution.engine.progress import Progress
 from attribution.engine.questions import Question
@@ -237,20 +237,51 @@ class Workbench:
     def scores(
         self, method: str, unit: Literal["head", "layer"], questions: Sequence[Question]
     ) -> npt.NDArray[np.float64]:
-        """Return the scores of all heads or layers on each prompt, (prompts, candidates), each prompt's scored once."""
-        missing = [each for each in questions if (method, unit, each) not in self._scores]
+        """Return the scores of all heads or layers on each prompt, (questions, candidates), each scored once.
+
+        Heads and layers, and several answers of one prompt, are scored together: most of the work is the same.
+        """
+        missing = [each for each in dict.fromkeys(questions) if (method, unit, each) not in self._scores]
+        answers: dict[tuple[int, ...], list[Question]] = {}
+        for question in missing:
+            answers.setdefault(tuple(question.ids), []).append(question)
         anatomy = self.model.anatomy
-        number = anatomy.layers * (2 if unit == "layer" else anatomy.heads)
         # Each prompt has vectors of its own.
-        size = max(1, _HELD_NUMBERS // (number * anatomy.width))
-        for start in range(0, len(missing), size):
-            part = missing[start : start + size]
-            for question, found in zip(part, self._scored(method, unit, part), strict=True):
-                self._scores[method, unit, question] = found.within(LARGEST_ERROR).numpy(force=True)
+        size = max(1, _HELD_NUMBERS // (anatomy.layers * (anatomy.heads + 2) * anatomy.width))
+        what = f"heads and layers by {method}"
+        with self._timed(what), self.bar(what).over(len(answers), "prompt") as update:
+            prompts = list(answers.values())
+            for start in range(0, len(prompts), size):
+                self._score_parts(method, unit, prompts[start : start + size])
+                update(min(size, len(prompts) - start))
+        number = anatomy.layers * (2 if unit == "layer" else anatomy.heads)
         scores = np.zeros((len(questions), number))
         for row, question in enumerate(questions):
             scores[row] = self._scores[method, unit, question]
         return scores
+
+    def _score_parts(self, method: str, unit: Literal["head", "layer"], prompts: Sequence[Sequence[Question]]) -> None:
+        """Score the heads and layers of some prompts for all answers that are asked for of each.
+
+        Args:
+            method: The method.
+            unit: What is asked for; the other is scored as well if the method can.
+            prompts: The questions that each prompt is asked.
+        """
+        units: list[Unit] = [each for each in ("head", "layer") if each == unit or each in METHODS[method].units]
+        scorers = {each: [method_named(method, each)] for each in units}
+        found = candidates_of_each(self.model, [own[0] for own in prompts], scorers, Search(self.seed, STEPS))
+        asked = [
+            [
+                replace(by_unit[each], answer=question.answer_id, seed=question.seed(self.seed))
+                for question in own
+                for each in units
+            ]
+            for own, by_unit in zip(prompts, found, strict=True)
+        ]
+        for own, scored in zip(prompts, score_parts(asked, method_named(method, unit)), strict=True):
+            keys = [(method, each, question) for question in own for each in units]
+            self._scores.update({key: each.numpy(force=True) for key, each in zip(keys, scored, strict=True)})
 
     def final_states(self, questions: Sequence[Question]) -> list[Tensor]:
         """Return the final residual state of each prompt at its last position, (width,) each."""

@@ -33,6 +33,7 @@ __all__ = [
     "descending",
     "score",
     "score_all",
+    "score_parts",
     "worth_brackets",
 ]
 
@@ -316,16 +317,38 @@ def _of_own_vectors(
     with _shown(progress, len(candidates), "prompt") as update:
         for start in range(0, len(candidates), held):
             group = candidates[start : start + held]
-            scored = increases([[each] for each in group], uniform=rising.uniform)
             terms: Sequence[Tensor | None] = [None] * len(group)
             if with_first_order and method.first_order is not None:
                 terms = _first_orders(group, uniform=rising.uniform)
-            for each, term, ((increase, log_prob),) in zip(group, terms, scored, strict=True):
-                scores = checked(method, rising.score(increase, log_prob), each)
+            for each, term, (scores,) in zip(group, terms, score_parts([[own] for own in group], method), strict=True):
                 found.append(
                     AllScores(each, method, scores, torch.zeros_like(scores), each.tolerance, term, len(scores))
                 )
             update(len(group))
+    return found
+
+
+def score_parts(by_prompt: Sequence[Sequence[Candidates]], method: Method) -> list[list[Tensor]]:
+    """Return the scores of heads and layers, (n,) each, float64.
+
+    Args:
+        by_prompt: For each prompt its heads, its layers or both, for one answer or for several; what these have in
+            common is computed once.
+        method: The method.
+    """
+    if method.rising is None:
+        return [[score_candidates(method, each.afresh()) for each in own] for own in by_prompt]
+    found: list[list[Tensor]] = []
+    held = max(1, _HELD_VECTORS // max(sum(map(len, own)) for own in by_prompt))
+    for start in range(0, len(by_prompt), held):
+        group = by_prompt[start : start + held]
+        for own, scored in zip(group, increases(group, uniform=method.rising.uniform), strict=True):
+            found.append(
+                [
+                    checked(method, method.rising.score(increase, log_prob), each)
+                    for each, (increase, log_prob) in zip(own, scored, strict=True)
+                ]
+            )
     return found
 
 
