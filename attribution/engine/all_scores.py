@@ -329,11 +329,11 @@ def _of_own_vectors(
 
 
 def score_parts(by_prompt: Sequence[Sequence[Candidates]], method: Method) -> list[list[Tensor]]:
-    """Return the scores of heads and layers, (n,) each, float64.
+    """Return the scores of some candidates of several prompts, (n,) each, float64.
 
     Args:
-        by_prompt: For each prompt its heads, its layers or both, for one answer or for several; what these have in
-            common is computed once.
+        by_prompt: For each prompt candidates of one unit or of several, such as its heads and its layers, for one
+            answer or for several; what these have in common is computed once.
         method: The method.
     """
     if method.rising is None:

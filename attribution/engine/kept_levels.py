@@ -1,7 +1,7 @@
 """Levels of ranks, kept: made once for the weights of a sublayer, for this process and, on disk, for later ones.
 
-They are stored under a hash of the weights that they are computed from. After an edit of one layer, only the levels of
-that layer's sublayer are computed again.
+They are stored under a hash of the weights that they are computed from. After an edit of some neurons, only the levels
+of these are computed again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +35,22 @@ _KEPT_NUMBERS = 2**24
 _WORTH_A_FILE = 2**24
 
 
-class _Recent(OrderedDict[str, Tensor]):
+@dataclass(frozen=True)
+class _Kept:
+    """The levels of one sublayer.
+
+    Attributes:
+        levels: The levels, (rows, ranks).
+        seen_by: Digest of what its vectors are projected by.
+        rows: Digest of each vector.
+    """
+
+    levels: Tensor
+    seen_by: str
+    rows: list[bytes]
+
+
+class _Recent(OrderedDict[str, _Kept]):
     """What this process keeps: code that is sent to the machine of the weights leaves it here."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -60,7 +77,7 @@ def kept_levels(
     vectors: Sequence[Tensor],
     post_weights: Sequence[Tensor | None],
     readout: Readout,
-    make: Callable[[int], Tensor],
+    make: Callable[[int, Tensor], Tensor],
 ) -> list[Tensor]:
     """Return the levels of each sublayer, (rows, ranks), in the dtype that they are made in.
 
@@ -72,29 +89,49 @@ def kept_levels(
         vectors: Of each sublayer, (rows, width).
         post_weights: What they are multiplied by on their way to the residual stream, or ``None``.
         readout: The final norm and unembedding.
-        make: Sublayer index to its levels.
+        make: Sublayer index and some of its rows to their levels.
     """
     norm = readout.norm
     of_readout = digest_of(_FORMAT, readout.unembedding, norm.weight, norm.centred, readout.logit_scale)
-    names = [digest_of(of_readout, each, post_weight) for each, post_weight in zip(vectors, post_weights, strict=True)]
+    seen_by = [digest_of(of_readout, post_weight) for post_weight in post_weights]
+    names = [digest_of(context, each) for context, each in zip(seen_by, vectors, strict=True)]
     shared = {kind for kind, name in zip(kinds, names, strict=True) if name in _RECENT}
-    found = []
+    found: list[_Kept] = []
     for sublayer_index, (kind, name) in enumerate(zip(kinds, names, strict=True)):
-        levels = _RECENT.get(name)
-        if levels is None:
-            worth = len(vectors[sublayer_index]) * len(readout.unembedding) >= _WORTH_A_FILE and kind not in shared
+        kept = _RECENT.get(name)
+        if kept is None:
+            own, context = vectors[sublayer_index], seen_by[sublayer_index]
+            rows = _digests_of_rows(own)
+            worth = len(own) * len(readout.unembedding) >= _WORTH_A_FILE and kind not in shared
             levels = _read(name) if worth else None
             if levels is None:
-                levels = make(sublayer_index)
+                levels = _made(own, context, rows, partial(make, sublayer_index))
                 if worth:
                     _write(name, levels)
-        found.append(levels.to(readout.unembedding.device))
-    for name, levels in zip(names, found, strict=True):
-        _RECENT[name] = levels
+            kept = _Kept(levels, context, rows)
+        found.append(kept)
+    for name, kept in zip(names, found, strict=True):
+        _RECENT[name] = kept
         _RECENT.move_to_end(name)
-    while len(_RECENT) > 1 and sum(levels.numel() for levels in _RECENT.values()) > _KEPT_NUMBERS:
+    while len(_RECENT) > 1 and sum(kept.levels.numel() for kept in _RECENT.values()) > _KEPT_NUMBERS:
         _RECENT.popitem(last=False)
-    return found
+    return [kept.levels.to(readout.unembedding.device) for kept in found]
+
+
+def _digests_of_rows(vectors: Tensor) -> list[bytes]:
+    numbers = vectors.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.data, digest_size=16).digest() for row in numbers]
+
+
+def _made(vectors: Tensor, seen_by: str, rows: list[bytes], make: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the levels of a sublayer: made anew of what differs from one that is kept, if that is less than half."""
+    for kept in _RECENT.values():
+        if kept.seen_by == seen_by and len(kept.rows) == len(rows):
+            differs = [place for place, pair in enumerate(zip(kept.rows, rows, strict=True)) if pair[0] != pair[1]]
+            if len(differs) < len(rows) // 2:
+                changed = torch.tensor(differs, dtype=torch.long, device=vectors.device)
+                return kept.levels.to(vectors.device).index_copy(0, changed, make(changed))
+    return make(torch.arange(len(vectors), device=vectors.device))
 
 
 def _file(name: str) -> Path:

@@ -214,8 +214,8 @@ class VectorTable:
     def _levels(self) -> Levels:
         """Logits of every vector at some ranks, which are the same for all prompts and answers."""
 
-        def make(sublayer_index: int) -> Tensor:
-            return levels_of(self.every(sublayer_index).to(self.scan_dtype), self.readout)
+        def make(sublayer_index: int, rows: Tensor) -> Tensor:
+            return levels_of(self.written(sublayer_index, rows).to(self.scan_dtype), self.readout)
 
         kinds = [each.kind for each in self.sublayers]
         found = kept_levels(kinds, self.vectors, self.post_weights, self.readout, make)

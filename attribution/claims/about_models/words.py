@@ -15,6 +15,7 @@ from attribution.claims.about_models.survey import Survey, survey
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.measured import Effects
+from attribution.engine.all_scores import score_parts
 from attribution.engine.batching import batches_of
 from attribution.engine.importance import Candidates
 from attribution.engine.methods import method_named
@@ -31,6 +32,8 @@ _NEURONS = 10
 # Tokens that are looked at, of those whose logits a neuron raises most.
 _TOKENS = 10
 _SHOWN = 3
+# Logits of neurons that are held at a time: 2**24 float64 numbers are 128 MiB.
+_HELD_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,29 @@ def _word_ids(bench: Workbench) -> dict[str, Tensor]:
     }
 
 
-def _raised(candidates: Candidates, index: Tensor, words: Tensor, tokens: int) -> list[_Raised]:
-    # Only the distributions of their own sublayers are needed.
-    part = candidates.afresh(candidates.sublayer_index[index].unique()).take(index)
-    raised = part.update.topk(tokens).indices
-    hits = (torch.isin(raised, words) & (raised != candidates.answer)).sum(-1)
-    scores = method_named(METHOD, candidates.table.unit).score(part)
-    columns = (part.coefficient > 0, scores, raised, hits)
-    rows = zip(candidates.records(index), *(each.tolist() for each in columns), strict=True)
-    return [_Raised(neuron, score, positive, tuple(top), hit) for neuron, positive, score, top, hit in rows]
+def _raised(chosen: Sequence[Candidates], words: Sequence[Tensor], tokens: int) -> list[list[_Raised]]:
+    """Return what chosen neurons of several prompts raise; they go through the unembedding together.
+
+    Args:
+        chosen: The neurons of each prompt.
+        words: Tokens of the words of each prompt's category.
+        tokens: How many tokens are looked at.
+    """
+    table = chosen[0].table
+    scores = score_parts([[each] for each in chosen], method_named(METHOD, table.unit))
+    sublayer_index, row = (torch.cat([getattr(each, name) for each in chosen]) for name in ("sublayer_index", "row"))
+    update = table.unscaled_logits(sublayer_index, row)
+    update *= torch.cat([each.coefficient / each.scale for each in chosen])[:, None]
+    found = []
+    for each, own, (score,), top in zip(
+        chosen, words, scores, update.topk(tokens).indices.split([len(each) for each in chosen]), strict=True
+    ):
+        hits = (torch.isin(top, own) & (top != each.answer)).sum(-1)
+        columns = (each.coefficient > 0, score, top, hits)
+        records = each.records(torch.arange(len(each), device=top.device))
+        rows = zip(records, *(column.tolist() for column in columns), strict=True)
+        found.append([_Raised(neuron, value, positive, tuple(ids), hit) for neuron, positive, value, ids, hit in rows])
+    return found
 
 
 def _others(candidates: Candidates, index: Tensor, question: Question, seed: int) -> Tensor:
@@ -106,10 +123,18 @@ def _measured(bench: Workbench, kind: SublayerKind, tokens: int) -> tuple[Survey
         each = all_candidates(bench.model, part, batch, {kind: [method]}, seed=bench.seed, steps=STEPS)
         of_kind = [by_unit[kind] for by_unit in each]
         number = min(_NEURONS, *map(len, of_kind))
-        for row, candidates, top in zip(rows, of_kind, top_k_together(of_kind, method, number), strict=True):
-            best, own = top.indices, words[found.categories[row]]
-            others = _others(candidates, best, questions[row], bench.seed)
-            of_prompt[row] = _OfPrompt(_raised(candidates, best, own, tokens), _raised(candidates, others, own, tokens))
+        best = [top.indices for top in top_k_together(of_kind, method, number)]
+        others = [
+            _others(candidates, index, question, bench.seed)
+            for candidates, index, question in zip(of_kind, best, part, strict=True)
+        ]
+        chosen = [candidates.take(torch.cat(each)) for candidates, *each in zip(of_kind, best, others, strict=True)]
+        size = max(1, _HELD_NUMBERS // (2 * number * len(bench.model.anatomy.readout.unembedding)))
+        for start in range(0, len(rows), size):
+            here = slice(start, start + size)
+            own = [words[found.categories[row]] for row in rows[here]]
+            for row, raised in zip(rows[here], _raised(chosen[here], own, tokens), strict=True):
+                of_prompt[row] = _OfPrompt(raised[:number], raised[number:])
     return found, [of_prompt[row] for row in range(len(questions))]
 
 
