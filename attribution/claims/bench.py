@@ -25,7 +25,7 @@ from attribution.engine.masks import AblationKind
 from attribution.engine.methods import METHODS, method_named
 from attribution.engine.metrics import METRICS, by_metric
 from attribution.engine.progress import Progress
-from attribution.engine.questions import Question
+from attribution.engine.questions import Question, question_of
 from attribution.engine.ranking import Ranking, Search, candidates_of_each, rank_all
 from attribution.engine.trace import read_activations
 from attribution.experiments.design import Design, budgets_of, table_of
@@ -239,18 +239,23 @@ class Workbench:
     ) -> npt.NDArray[np.float64]:
         """Return the scores of all heads or layers on each prompt, (questions, candidates), each scored once.
 
-        Heads and layers, and several answers of one prompt, are scored together: most of the work is the same.
+        Heads and layers, for the prompt's own answer and the swapped one, are scored together: most of the work is the
+        same, and some claim will ask for the rest.
         """
-        missing = [each for each in dict.fromkeys(questions) if (method, unit, each) not in self._scores]
+        swapped = {prompt.text: prompt.answer for prompt in self.sample.swapped}
         answers: dict[tuple[int, ...], list[Question]] = {}
-        for question in missing:
-            answers.setdefault(tuple(question.ids), []).append(question)
+        for question in dict.fromkeys(questions):
+            if (method, unit, question) not in self._scores:
+                own = answers.setdefault(tuple(question.ids), [])
+                own.append(question)
+                if question.text in swapped:
+                    own.append(question_of(self.model, question.text, swapped[question.text]))
         anatomy = self.model.anatomy
         # Each prompt has vectors of its own.
         size = max(1, _HELD_NUMBERS // (anatomy.layers * (anatomy.heads + 2) * anatomy.width))
         what = f"heads and layers by {method}"
         with self._timed(what), self.bar(what).over(len(answers), "prompt") as update:
-            prompts = list(answers.values())
+            prompts = [list(dict.fromkeys(own)) for own in answers.values()]
             for start in range(0, len(prompts), size):
                 self._score_parts(method, unit, prompts[start : start + size])
                 update(min(size, len(prompts) - start))

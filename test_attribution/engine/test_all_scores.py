@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import attribution as at
 from attribution.engine import all_scores, vectors
 from attribution.engine.all_scores import AllScores, descending, score_all
 from attribution.engine.importance import Candidates, Streams
+from attribution.engine.in_float64 import increases
 from attribution.engine.methods import METHODS, method_named
 from attribution.engine.moments import cumulant, moments_of, summed_cumulants
 from attribution.engine.top_k import searched_together, top_k_together
@@ -148,6 +150,21 @@ def test_scores_of_many_prompts_keep_no_distributions(
         scores.order()
         assert scores.candidates is own
         assert not {"log_probs", "probs", "update"} & {*vars(own), *vars(own.streams)}
+
+
+@given(**PROMPTS)
+def test_importances_in_one_pass_are_those_of_eq_13(name: str, **drawn: Any) -> None:
+    """Heads and neurons of several prompts, for their own answers and another one."""
+    rising = METHODS[name].rising
+    assert rising is not None
+    drawn = {key: value for key, value in drawn.items() if key != "name"}
+    prompts = _prompts(**drawn, number=3)
+    asked = [[each, replace(each, answer=(each.answer + 1) % TOKENS)] for each in prompts]
+    asked[1] = [asked[1][1].take(torch.tensor([3, 1, 1]))]
+    for own, found in zip(asked, increases(asked, uniform=rising.uniform), strict=True):
+        for each, (increase, log_prob) in zip(own, found, strict=True):
+            truth = _in_float64(each, name)
+            assert ((rising.score(increase, log_prob) - truth).abs() <= each.tolerance).all()
 
 
 def test_small_updates_need_no_float64() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attribution.claims.about_methods.common import BASELINES, NO_FFN, OTHER_KINDS, PROMPTS, STEPS, rank_correlation
-from attribution.claims.bench import Workbench
+from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.engine.ablation import outcomes
 from attribution.engine.methods import METHODS
@@ -97,13 +97,11 @@ def prompts_of_rival(bench: Workbench, rival: str) -> int:
     return max(1, min(_RIVAL_PROMPTS, int(_RIVAL_PASSES / passes)))
 
 
-def lead_over_rival(bench: Workbench, method: str, rival: str, *, k: int) -> Effects | NotApplicable:
-    """Measure on which prompts a rival's top k leave more log p than a method's: 1 there, else 0; 0.5 for equal ones.
-
-    The note says what each method costs, and how much more is left in the mean.
-    """
-    if "ffn" not in METHODS[method].units:
-        return NO_FFN
+@measured_once
+def _left_beside_rival(
+    bench: Workbench, method: str, rival: str, k: int
+) -> tuple[list[int], dict[str, npt.NDArray[np.float64]], list[str]]:
+    """Return the prompts, log p on each without each method's top k, by name, and what each method costs."""
     indices = bench.sample.subset(prompts_of_rival(bench, rival))
     questions = [bench.sample.questions[place] for place in indices]
     left, costs = {}, []
@@ -111,6 +109,17 @@ def lead_over_rival(bench: Workbench, method: str, rival: str, *, k: int) -> Eff
         best, cost = _timed_best(bench, name, indices, k)
         left[name] = np.array([outcome.logp for outcome in outcomes(bench.model, questions, best)[0]])
         costs.append(cost)
+    return indices, left, costs
+
+
+def lead_over_rival(bench: Workbench, method: str, rival: str, *, k: int) -> Effects | NotApplicable:
+    """Measure on which prompts a rival's top k leave more log p than a method's: 1 there, else 0; 0.5 for equal ones.
+
+    The note says what each method costs, and how much more is left in the mean.
+    """
+    if "ffn" not in METHODS[method].units:
+        return NO_FFN
+    indices, left, costs = _left_beside_rival(bench, method, rival, k)
     more = left[rival] - left[method]
     note = " against ".join(costs) + (f"; {more.mean():+.3f} nats in the mean" if indices else "")
     return Effects((np.sign(more) + 1) / 2, indices=indices, note=note)

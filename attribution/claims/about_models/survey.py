@@ -60,27 +60,25 @@ class Survey:
     @cached_property
     def layers(self) -> npt.NDArray[np.float64]:
         """Importance of each layer, in nats, (n, 2 * layers): attention and FFN of each block in turn."""
-        return self._scores("layer")[: len(self.indices)]
+        return self._scores("layer")
 
     @cached_property
     def layers_for_other_answers(self) -> npt.NDArray[np.float64]:
         """The same for the answer of another fact of the category, which the prompt does not ask for."""
-        return self._scores("layer")[len(self.indices) :]
+        swapped = {prompt.text: prompt.answer for prompt in self.bench.sample.swapped}
+        return self._scores("layer", [swapped[self.bench.prompts[place].text] for place in self.indices])
 
     @cached_property
     def heads(self) -> npt.NDArray[np.float64]:
         """Importance of each head, in nats, (n, layers * heads)."""
-        return self._scores("head")[: len(self.indices)]
+        return self._scores("head")
 
-    def _scores(self, unit: Literal["head", "layer"]) -> npt.NDArray[np.float64]:
-        """Return the scores for the prompts' own answers, and then those for others, (2 * n, candidates).
-
-        Whatever is asked for first, all of it is: most of the work is the same.
-        """
-        own = [self.bench.sample.questions[place] for place in self.indices]
-        swapped = {prompt.text: prompt.answer for prompt in self.bench.sample.swapped}
-        others = [question_of(self.bench.model, each.text, swapped[each.text]) for each in own]
-        return self.bench.scores(METHOD, unit, [*own, *others])
+    def _scores(self, unit: Literal["head", "layer"], answers: list[str] | None = None) -> npt.NDArray[np.float64]:
+        questions = [self.bench.sample.questions[place] for place in self.indices]
+        if answers is not None:
+            texts = [self.bench.prompts[place].text for place in self.indices]
+            questions = [question_of(self.bench.model, *each) for each in zip(texts, answers, strict=True)]
+        return self.bench.scores(METHOD, unit, questions)
 
     def records(self, unit: Unit) -> list[Component]:
         """Return every layer or head, in the order of the columns above."""
