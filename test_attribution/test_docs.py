@@ -73,6 +73,7 @@ NOT_RUN = {
     "measures, simulates or trains for minutes": (
         "python -m benchmarks.summary",
         "python -m benchmarks.summary --write",
+        "python -m benchmarks.goals --write",
         "python -m benchmarks.growth --write",
         "python -m benchmarks.growth --peers PYTHON --write",
         "python -m benchmarks.growth --device cuda --write",
