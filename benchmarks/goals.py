@@ -54,8 +54,8 @@ PATIENCE, FEWER = 10.0, 3
 SMOLLM2, GEMMA = "smollm2", "gemma3_270m"
 # Prompts of the rows about many prompts, and about all scores.
 MANY, SCORED, PARTS = 100, 30, 8
-# Every N-th knowledge prompt for the selection rule.
-EVERY = 4
+# Knowledge prompts for the selection rule.
+SELECTED = 500
 
 Pair = tuple[Thing, Thing]
 """What is measured, and its yardstick."""
@@ -176,10 +176,9 @@ def levels() -> Pair:
 
 def selection() -> Pair:
     """Return the selection rule on a part of all knowledge prompts, and plain passes of these."""
-    model, knowledge = loaded(SMOLLM2), at.load_knowledge()
-    prompts = list(knowledge.prompts[::EVERY])
-    of = Asked(model, prompts)
-    return lambda: at.known_prompts(model, prompts, knowledge.words), of.plain
+    words = at.load_knowledge().words
+    of = asked(SMOLLM2, SELECTED)
+    return lambda: at.known_prompts(of.model, of.prompts, words), of.plain
 
 
 def reruns() -> Pair:
