@@ -108,7 +108,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="*", help="names of the registry; the bundled models when left out")
     parser.add_argument("--every", type=int, default=1, help="only every N-th prompt")
-    parser.add_argument("--prompts", type=int, help="at most so many prompts, spread over all")
+    parser.add_argument(
+        "--prompts", type=int, help="compare on this many known prompts, evenly spaced; on all of them when left out"
+    )
     options = parser.parse_args()
     models = options.models or [name for name, entry in registry().items() if entry.bundled]
     agreed = [compare(name, options.every, options.prompts) for name in models]

@@ -41,6 +41,7 @@ from attribution.errors import AttributionError
 from attribution.prompts.tokens import answer_tokens
 from attribution.records import Unit
 from benchmarks import memory
+from benchmarks.cost import between
 from benchmarks.growth import SIZES, save
 from benchmarks.random_models import random_model
 from benchmarks.timing import VARIANTS, Asked, K, Thing, words_asked
@@ -49,7 +50,7 @@ README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- goals: begin, written by python -m benchmarks.goals --write -->", "<!-- goals: end -->"
 
 ROUNDS = 7
-# What takes longer than so many seconds is measured in fewer rounds.
+# A row whose first round takes longer than PATIENCE seconds is measured in FEWER rounds.
 PATIENCE, FEWER = 10.0, 3
 SMOLLM2, GEMMA = "smollm2", "gemma3_270m"
 # Prompts of the rows about many prompts, and about all scores.
@@ -319,9 +320,7 @@ def main(arguments: list[str]) -> None:
     text = f"{conditions(options.rounds)}\n\n{table(options.only, options.rounds)}"
     print(text)
     if options.write:
-        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-        _, after = rest.split(END)
-        README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+        between(README, BEGIN, END, text)
 
 
 if __name__ == "__main__":

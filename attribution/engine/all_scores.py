@@ -51,7 +51,7 @@ _WORTH_BRACKETS = 2**21
 _LARGEST_REMAINDER = 1e-6
 LARGEST_ERROR = 1e-5
 """No score that is handed on is further off, in nats."""
-# So many of the widest brackets are closed at a time.
+# How many brackets one round closes, the widest first: one in 64 of those still open, but at least 256.
 _CLOSED_SHARE, _CLOSED_AT_LEAST = 64, 256
 
 

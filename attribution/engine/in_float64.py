@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attribution.engine.importance import Candidates
 from attribution.engine.projection import behind_norm, direction_of
-from attribution.engine.segments import each_segment
+from attribution.engine.segments import chunks_of, each_segment
 from attribution.engine.vectors import VectorTable
 from attribution.records import Layer
 
@@ -125,13 +125,13 @@ def _spent(vectors: Tensor, states: Tensor, groups: Sequence[_Group], *, uniform
     normed = behind_norm(vectors, one, readout)
     vector, state = (torch.cat([getattr(each, name) for each in groups]) for name in ("vector", "state"))
     coefficient = torch.cat([each.candidates.coefficient / each.candidates.scale for each in groups])
-    blocks = torch.arange(len(vector), device=vector.device).split(_CACHED_ROWS)
+    blocks = chunks_of(slice(0, len(vector)), _CACHED_ROWS)
 
     def partition(segment: slice) -> tuple[Tensor, Tensor]:
         """Return the logarithm of the sum of exponentials over some tokens, of every state and of every candidate."""
         before, after = [], []
-        for start in range(segment.start, segment.stop, _CHUNK_TOKENS):
-            rows = readout.unembedding[start : min(start + _CHUNK_TOKENS, segment.stop)].double()
+        for part in chunks_of(segment, _CHUNK_TOKENS):
+            rows = readout.unembedding[part].double()
             seen, moved = states @ rows.T, normed @ rows.T
             if uniform:
                 seen.zero_()

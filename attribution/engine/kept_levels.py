@@ -124,7 +124,7 @@ def _digests_of_rows(vectors: Tensor) -> list[bytes]:
 
 
 def _made(vectors: Tensor, seen_by: str, rows: list[bytes], make: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the levels of a sublayer: made anew of what differs from one that is kept, if that is less than half."""
+    """Return the levels of a sublayer; where most rows equal those of a kept one, only the others are computed."""
     for kept in _RECENT.values():
         if kept.seen_by == seen_by and len(kept.rows) == len(rows):
             differs = [place for place, pair in enumerate(zip(kept.rows, rows, strict=True)) if pair[0] != pair[1]]

@@ -143,21 +143,11 @@ class Together:
         table, base = self.table, terms.base
         # 1. Every candidate that is looked at, of all prompts, in the order of the vectors.
         parts = {column: self.candidates[column].take(index) for column, index in wanted.items()}
-        sublayer_index, vector, coefficient, column = (
-            torch.cat(each)
-            for each in zip(
-                *(
-                    (
-                        part.sublayer_index,
-                        part.vector,
-                        part.coefficient / part.scale,
-                        torch.full_like(part.vector, column),
-                    )
-                    for column, part in parts.items()
-                ),
-                strict=True,
-            )
+        sublayer_index, vector = (
+            torch.cat([getattr(part, name) for part in parts.values()]) for name in ("sublayer_index", "vector")
         )
+        coefficient = torch.cat([part.coefficient / part.scale for part in parts.values()])
+        column = torch.cat([torch.full_like(part.vector, number) for number, part in parts.items()])
         order = vector.argsort()
         # 2. What each spends on the rest of its distribution, with what bounds the error of that.
         written, place = vector.unique(return_inverse=True)
