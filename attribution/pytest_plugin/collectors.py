@@ -21,21 +21,65 @@ if TYPE_CHECKING:
     from attribution.claims.exhibits import Exhibit
     from attribution.gate.stored_run import StoredRun
 
-__all__ = ["COMPARE", "EXHIBIT", "LOADED", "MEASURED", "REPORT", "SAVE", "VERDICT", "Gate", "Report", "VerdictTable"]
+__all__ = [
+    "ATTEMPT",
+    "COMPARE",
+    "EXHIBIT",
+    "LOADED",
+    "MEASURED",
+    "REPEATS",
+    "REPORT",
+    "SAVE",
+    "VERDICT",
+    "Gate",
+    "Report",
+    "VerdictTable",
+]
 
 SAVE, COMPARE = "--attribution-save", "--attribution-compare"
 REPORT = "--attribution-report"
+# The word of --attribution-allow for claims that were measured again after their tests failed.
+REPEATS = "repeats"
 
 # Properties of a test's report, by what they hold.
 VERDICT = "attribution_verdict"
 MEASURED = "attribution_measured"
 EXHIBIT = "attribution_exhibit"
 LOADED = "attribution_loaded"
+ATTEMPT = "attribution_attempt"
 
 
-def _loaded(report: pytest.TestReport) -> dict[str, str]:
-    """Return what was loaded, in words, by the model's name."""
-    return {name: text for what, value in report.user_properties if what == LOADED for name, text in value.items()}  # type: ignore[attr-defined]
+class _LastAttempts:
+    """What tests recorded, by test: of one that ran again after it failed, what its last attempt recorded."""
+
+    def __init__(self) -> None:
+        self._by_test: dict[str, list[tuple[str, Any]]] = {}
+
+    def add(self, report: pytest.TestReport) -> None:
+        """Take the report of a test's call."""
+        if report.when == "call":
+            self._by_test[report.nodeid] = list(report.user_properties)
+
+    def of(self, name: str) -> list[Any]:
+        """Return what was recorded under a name, in the order in which tests first reported."""
+        return [value for recorded in self._by_test.values() for what, value in recorded if what == name]
+
+    @property
+    def loaded(self) -> dict[str, str]:
+        """What was loaded, in words, by the model's name."""
+        return {name: text for each in self.of(LOADED) for name, text in each.items()}
+
+    @property
+    def repeated(self) -> str:
+        """A sentence on what was measured more than once; empty if nothing was."""
+        again = self.of(ATTEMPT)
+        if not again:
+            return ""
+        worst = max(again, key=lambda each: int(each["attempt"]))
+        return (
+            f"{pluralize(len(again), 'claim was', 'claims were')} measured again after the test failed, such as "
+            f"{worst['claim']!r}, {worst['attempt']} times in all; only the last attempt counts."
+        )
 
 
 def _known(config: pytest.Config) -> list[str]:
@@ -47,8 +91,7 @@ class VerdictTable:
     """Collects verdicts from the reports of tests, in the order they come in, and prints them at the end."""
 
     def __init__(self) -> None:
-        self._rows: list[dict[str, str]] = []
-        self._loaded: dict[str, str] = {}
+        self._recorded = _LastAttempts()
 
     # Known only where pytest-xdist is.
     @pytest.hookimpl(optionalhook=True)
@@ -56,20 +99,20 @@ class VerdictTable:
         kept_by(node.config).update(kept_by(node))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":
-            self._rows += [value for name, value in report.user_properties if name == VERDICT]  # type: ignore[misc]
-            self._loaded.update(_loaded(report))
+        self._recorded.add(report)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if not self._rows:
+        rows, loaded = self._recorded.of(VERDICT), self._recorded.loaded
+        if not rows:
             return
         from attribution.report.verdicts import longest_lines, verdict_table
 
         kept = kept_by(terminalreporter.config)
         terminalreporter.section("attribution: claims and verdicts")
-        lines = [*(self._loaded[name] for name in sorted(self._loaded)), *_known(terminalreporter.config)]
+        lines = [*(loaded[name] for name in sorted(loaded)), *_known(terminalreporter.config)]
         lines += [""] if lines else []
-        lines.append(verdict_table(self._rows).lstrip("\n"))
+        lines.append(verdict_table(rows).lstrip("\n"))
+        lines += [self._recorded.repeated] if self._recorded.repeated else []
         for line in [*lines, *longest_lines({model: facts["spent"] for model, facts in kept.items()})]:
             terminalreporter.write_line(line)
 
@@ -90,32 +133,27 @@ class Report:
                 pass
         except OSError as error:
             raise pytest.UsageError(f"{REPORT}={folder} cannot be written ({error}); name a folder that can.") from None
-        self._rows: list[dict[str, str]] = []
+        self._recorded = _LastAttempts()
         self._exhibits: dict[tuple[str, str], Exhibit] = {}
-        self._loaded: dict[str, str] = {}
         self._line = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         from attribution.claims.exhibits import Exhibit
 
-        if report.when != "call":
-            return
-        self._loaded.update(_loaded(report))
+        self._recorded.add(report)
         for name, value in report.user_properties:
-            if name == VERDICT:
-                self._rows.append(value)  # type: ignore[arg-type]
-            elif name == EXHIBIT:
+            if name == EXHIBIT and report.when == "call":
                 exhibit = Exhibit.of_json(value)  # type: ignore[arg-type]
-                # Each worker that came to it sent one.
+                # Each worker that came to it sent one, and so does each attempt.
                 self._exhibits.setdefault((exhibit.name, exhibit.model), exhibit)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         from attribution.report.run_page import run_header, write_report
 
-        exhibits = list(self._exhibits.values())
+        rows, exhibits = self._recorded.of(VERDICT), list(self._exhibits.values())
         try:
-            header = run_header(self._rows, exhibits, self._loaded, _known(session.config))
-            write_report(self._folder, self._rows, exhibits, header)
+            header = run_header(rows, exhibits, self._recorded.loaded, _known(session.config), self._recorded.repeated)
+            write_report(self._folder, rows, exhibits, header)
         except OSError as error:
             self._line = f"report: not written ({error})"
             fail_run(session)
@@ -150,20 +188,14 @@ class Gate:
             raise pytest.UsageError(
                 f"stored run {self._save!r} exists; add --attribution-update to replace it, or choose another name."
             )
-        self._records: list[dict[str, Any]] = []
-        self._facts: dict[str, dict[str, Any]] = {}
+        self._recorded = _LastAttempts()
         self._broken: list[str] = []
         self._lines: list[str] = []
         self._red: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        recorded = False
-        for name, value in report.user_properties:
-            recorded |= name == VERDICT
-            if name == MEASURED and report.when == "call":
-                self._records.append(value["record"])  # type: ignore[index]
-                self._facts[value["record"]["model"]] = value["facts"]  # type: ignore[index]
-        if report.failed and not recorded:
+        self._recorded.add(report)
+        if report.failed and not any(name == VERDICT for name, _ in report.user_properties):
             self._broken.append(report.nodeid)
 
     @pytest.hookimpl(tryfirst=True)
@@ -173,11 +205,20 @@ class Gate:
 
         if self._save is None and self._stored_run is None:
             return
+        measured = self._recorded.of(MEASURED)
+        facts = {each["record"]["model"]: ModelFacts(**each["facts"]) for each in measured}
+        refused = bool(self._recorded.repeated) and REPEATS not in self._policy.allow
+        if refused:
+            self._fail(
+                "claims were measured again after they failed",
+                f"{self._recorded.repeated} A claim that is tried until it holds says nothing; run without repeats, or "
+                f"add --attribution-allow={REPEATS}.",
+            )
         try:
-            run = stored_run_of(self._records, {name: ModelFacts(**facts) for name, facts in self._facts.items()})
+            run = stored_run_of([each["record"] for each in measured], facts)
             if self._stored_run is not None:
                 self._compare(self._stored_run, run)
-            if self._save is not None:
+            if self._save is not None and not refused:
                 self._write(self._save, run, session)
         except AttributionError as error:
             self._fail("what was measured makes no stored run", str(error))

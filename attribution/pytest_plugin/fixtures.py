@@ -11,7 +11,7 @@ import pytest
 from attribution.errors import AttributionError
 from attribution.models.registry import entry_of
 from attribution.pytest_plugin.chosen_models import models_of_the_run
-from attribution.pytest_plugin.collectors import EXHIBIT, LOADED, MEASURED, VERDICT
+from attribution.pytest_plugin.collectors import ATTEMPT, EXHIBIT, LOADED, MEASURED, VERDICT
 from attribution.pytest_plugin.outcome import is_binding, outcome_of_claim, stop_run
 from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_gated, is_worker, keep, terminal
 
@@ -34,6 +34,8 @@ __all__ = [
 _RECORDED = pytest.StashKey[set[tuple[str, object]]]()
 _FACTS = pytest.StashKey[dict[str, "ModelFacts"]]()
 _LOADED = pytest.StashKey[dict[str, str]]()
+# How often a test was begun.
+_ATTEMPTS = pytest.StashKey[int]()
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +148,7 @@ def assert_claim(
 
     config = request.config
     policy = policy_of(config)
+    attempt = _begin_attempt(request.node)
 
     def check(verdict: Verdict) -> None:
         __tracebackhide__ = True
@@ -164,6 +167,8 @@ def assert_claim(
             bundled_prompts=OWN_PROMPTS not in config.stash,
         )
         record_property(VERDICT, verdict_row(verdict, recorded, asserted=binding))
+        if attempt > 1:
+            record_property(ATTEMPT, {"claim": claim.id, "attempt": attempt})
         loaded = config.stash.get(_LOADED, {}).get(verdict.model)
         if loaded is not None:
             record_property(LOADED, {verdict.model: loaded})
@@ -183,6 +188,17 @@ def assert_claim(
             pytest.fail(outcome.sentence, pytrace=False)
 
     return check
+
+
+def _begin_attempt(item: pytest.Item) -> int:
+    """Return which attempt at a test begins, from 1; what earlier ones recorded is dropped.
+
+    Plugins that run failed tests again keep the item, with what it recorded.
+    """
+    own = {VERDICT, MEASURED, LOADED, ATTEMPT}
+    item.user_properties[:] = [each for each in item.user_properties if each[0] not in own]
+    item.stash[_ATTEMPTS] = item.stash.get(_ATTEMPTS, 0) + 1
+    return item.stash[_ATTEMPTS]
 
 
 def _record_for_the_gate(

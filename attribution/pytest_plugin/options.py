@@ -95,7 +95,12 @@ def add_options(parser: pytest.Parser) -> None:
         f"and regressions with {COMPARE}",
         metavar="WHAT",
     )
-    add("allow", "what a run may differ in from its stored run, separated by commas: dtype, device", metavar="WHAT")
+    add(
+        "allow",
+        "what a run may differ in from its stored run, separated by commas: dtype, device; and repeats, for claims "
+        "that were measured again after their tests failed",
+        metavar="WHAT",
+    )
     add(
         "report",
         "write a page, a Markdown summary, CSV and JSON of what this run measures to a folder; write "

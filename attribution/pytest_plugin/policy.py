@@ -10,6 +10,7 @@ import pytest
 
 from attribution.errors import BadInputError
 from attribution.gate.comparison import ALLOWABLE, ROUNDING
+from attribution.pytest_plugin.collectors import REPEATS
 
 __all__ = ["Policy", "policy_of"]
 
@@ -31,22 +32,28 @@ class Policy:
     allow: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, fail: str | None, allow: str | None = None, *, comparing: bool) -> Policy:
+    def of(cls, fail: str | None, allow: str | None = None, *, comparing: bool, saving: bool = False) -> Policy:
         """Return what the two options ask for.
 
         Args:
             fail: Words of ``--attribution-fail``, separated by commas; everything there is when ``None``.
             allow: Words of ``--attribution-allow``, separated by commas.
             comparing: Whether the run is compared with a stored run.
+            saving: Whether it is stored.
 
         Raises:
             BadInputError: If they cannot be meant.
         """
         words, tolerance = _failing(fail, comparing)
-        allowed = _words("--attribution-allow", allow, ALLOWABLE)
-        if allowed and not comparing:
+        allowed = _words("--attribution-allow", allow, (*ALLOWABLE, REPEATS))
+        if set(allowed) - {REPEATS} and not comparing:
             raise BadInputError(
                 "--attribution-allow is about a comparison; add --attribution-compare, or leave it out."
+            )
+        if allowed and not (comparing or saving):
+            raise BadInputError(
+                f"--attribution-allow={REPEATS} is about a comparison or a stored run; add --attribution-compare or "
+                "--attribution-save, or leave it out."
             )
         return cls("verdicts" in words, "regressions" in words, tolerance, allowed)
 
@@ -59,7 +66,10 @@ def policy_of(config: pytest.Config) -> Policy:
     """
     options = config.option
     return Policy.of(
-        options.attribution_fail, options.attribution_allow, comparing=options.attribution_compare is not None
+        options.attribution_fail,
+        options.attribution_allow,
+        comparing=options.attribution_compare is not None,
+        saving=options.attribution_save is not None,
     )
 
 

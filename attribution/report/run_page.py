@@ -192,6 +192,7 @@ def run_header(
     exhibits: Iterable[Exhibit],
     loaded: Mapping[str, str] | None = None,
     known: Sequence[str] = (),
+    repeated: str = "",
 ) -> dict[str, str]:
     """Return what a reader has to know of a run: when, on which models, with which versions.
 
@@ -200,6 +201,7 @@ def run_header(
         exhibits: Tables and figures.
         loaded: What was loaded, in words, by the model's name.
         known: What each model knows, in words.
+        repeated: A sentence on claims that were measured more than once, if any were.
     """
     models = sorted({row["model"] for row in rows} | {exhibit.model for exhibit in exhibits})
     libraries = ("attribution-suite", "nnsight", "numpy", "torch", "transformers")
@@ -207,6 +209,7 @@ def run_header(
         "Made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "Models": "; ".join((loaded or {}).get(model, model) for model in models) or "none",
         **({"Known prompts": "; ".join(known)} if known else {}),
+        **({"Repeated": repeated} if repeated else {}),
         "Versions": ", ".join(f"{name} {metadata.version(name)}" for name in libraries),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import json
 import os
@@ -299,6 +300,75 @@ def test_options_that_cannot_be_meant_end_the_run_before_it_starts(
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: {why}".replace("[", "[[]")])
     assert [path.name for path in suite.file.parent.iterdir()] == ["main.json"]
+
+
+# What plugins for flaky tests do: a test that fails runs again, and only the last attempt fails or passes.
+RERUNS = """
+import pytest
+from _pytest.runner import runtestprotocol
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for last in (False, False, True):
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        again = not last and any(report.failed for report in reports)
+        for report in reports:
+            if again and report.failed:
+                report.outcome = "rerun"
+            item.ihook.pytest_runtest_logreport(report=report)
+        if not again:
+            break
+        item._initrequest()
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+def pytest_report_teststatus(report):
+    if report.outcome == "rerun":
+        return "rerun", "R", "RERUN"
+"""
+
+# Its third attempt measures something else.
+FLAKY = """
+from attribution.claims.judge import Claim, judge
+
+ATTEMPTS = []
+
+def test_flaky(attribution_model, assert_claim):
+    ATTEMPTS.append(1)
+    claim = Claim("flaky", "a sentence", "ours", "fall in nats", "above", 0, "none", method="paper")
+    prompts = [f"city {number:02}" for number in range(20)]
+    effects = [(1 if len(ATTEMPTS) == 3 else -1) + number / 100 for number in range(20)]
+    assert_claim(judge(claim, model=attribution_model.name, effects=effects, facts=prompts, prompts=prompts))
+"""
+AGAIN = (
+    "1 claim was measured again after the test failed, such as 'flaky', 3 times in all; only the last attempt counts."
+)
+
+
+def test_of_a_test_that_runs_again_the_last_attempt_counts_and_the_table_says_so(suite: Suite) -> None:
+    suite.pytester.makeconftest(RERUNS)
+    suite.pytester.makepyfile(test_suite=FLAKY)
+    result = suite.run("--attribution-report=out")
+    assert result.ret == 0
+    _says(result, AGAIN, "1 supported, 0 refuted, 0 inconclusive")
+    assert result.stdout.str().count("tiny   flaky") == 1
+    assert AGAIN in (suite.pytester.path / "out" / "summary.md").read_text()
+    (row,) = csv.DictReader((suite.pytester.path / "out" / "verdicts.csv").read_text().splitlines())
+    assert row["verdict"] == "supported"
+
+
+def test_gate_refuses_what_was_tried_until_it_held_unless_allowed(suite: Suite) -> None:
+    suite.pytester.makeconftest(RERUNS)
+    suite.pytester.makepyfile(test_suite=FLAKY)
+    refused = suite.run("--attribution-save=main", "--attribution-update")
+    assert refused.ret == pytest.ExitCode.TESTS_FAILED
+    assert not suite.file.exists()
+    _says(refused, AGAIN, "run without repeats, or add --attribution-allow=repeats", "gate: claims were measured again")
+    allowed = suite.run("--attribution-save=main", "--attribution-update", "--attribution-allow=repeats")
+    assert allowed.ret == 0
+    assert suite.run("--attribution-compare=main").ret == pytest.ExitCode.TESTS_FAILED
+    assert suite.run("--attribution-compare=main", "--attribution-allow=repeats").ret == 0
 
 
 def test_several_stored_runs_need_a_name(saved: Suite) -> None:

@@ -47,7 +47,7 @@ def test_run_may_differ_in_what_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("allow", "comparing", "why"),
     [
-        ("weights", True, "--attribution-allow has 'weights'; it knows dtype, device, separated by commas"),
+        ("weights", True, "--attribution-allow has 'weights'; it knows dtype, device, repeats, separated by commas"),
         ("dtype", False, "--attribution-allow is about a comparison; add --attribution-compare"),
     ],
 )
