@@ -25,6 +25,7 @@ __all__ = [
     "Rising",
     "Score",
     "bound_candidates",
+    "check_blocks",
     "checked",
     "method_named",
     "register_method",
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 Score: TypeAlias = Callable[[Candidates], Tensor]
+
+# Candidates that are scored in blocks of two sizes, and the share of the largest score by which these may differ.
+_CHECKED_TOGETHER, _SAME = 64, 1e-3
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,36 @@ def checked(method: Method, scores: object, candidates: Candidates, *, role: str
         first = candidates.records(torch.isnan(scores).nonzero()[0])[0]
         raise BadInputError(f"method {method.name!r} scored {first} as NaN{role}; return a number for every candidate.")
     return scores.double()
+
+
+def check_blocks(method: Method, candidates: Candidates) -> None:
+    """Complain of a method whose scores depend on which candidates are scored together.
+
+    A few candidates of all layers are scored in one block, and in two. What rounding may make of other block sizes is
+    far less than what a mean, a rank or a softmax over the block does.
+
+    Args:
+        method: The method.
+        candidates: All candidates of a prompt.
+
+    Raises:
+        BadInputError: If a score differs.
+    """
+    number = min(_CHECKED_TOGETHER, len(candidates))
+    some = candidates.take(torch.linspace(0, len(candidates) - 1, number).long().to(candidates.index.device).unique())
+    whole, apart = score_candidates(method, some), torch.zeros_like(some.coefficient)
+    for first in range(2):
+        half = torch.arange(first, len(some), 2, device=apart.device)
+        if len(half):
+            apart[half] = score_candidates(method, some.take(half))
+    difference = (whole - apart).abs()
+    if float(difference.max()) > _SAME * float(whole.abs().max()):
+        worst = int(difference.argmax())
+        raise BadInputError(
+            f"method {method.name!r} scores {some.records(torch.tensor([worst]))[0]} {float(whole[worst]):.6g} in a "
+            f"block of {len(some)} candidates and {float(apart[worst]):.6g} in a block of {-(-len(some) // 2)}; make "
+            "every score depend on its own candidate alone, as blocks may be of any size."
+        )
 
 
 def _log_prob_increase_bound(candidates: Candidates) -> Tensor:

@@ -14,7 +14,7 @@ from attribution.engine.all_scores import worth_brackets
 from attribution.engine.batching import batches_of, map_batches
 from attribution.engine.gradients import Effects, read_effects
 from attribution.engine.importance import Candidates, TracedPrompt, candidates_of, seen_together
-from attribution.engine.methods import Method, method_named, score_candidates
+from attribution.engine.methods import Method, check_blocks, method_named, score_candidates
 from attribution.engine.progress import Progress
 from attribution.engine.questions import Question, prompts_with_answers, question_of
 from attribution.engine.search import Together
@@ -184,6 +184,10 @@ def all_candidates(
                 effects={} if table is None else {kind: _by_sublayer(effects[kind], table, prompt) for kind in kinds},
             )
         found.append(by_unit)
+    for unit, methods in wanted.items():
+        for method in methods:
+            if found and not method.built_in:
+                check_blocks(method, found[0][unit])
     return found
 
 
@@ -330,7 +334,7 @@ def scores_of(model: Model, prompt: str | Prompt, answer: str | None, neurons: S
         BadInputError: If one is no neuron, or not in the model or the prompt.
     """
     (item,) = prompts_with_answers(prompt, answer)
-    return run_where_weights_are(model, _scores_of, question_of(model, item.text, item.answer), list(neurons))
+    return run_where_weights_are(model, _scores_of, question_of(model, item), list(neurons))
 
 
 @overload
@@ -396,7 +400,7 @@ def attribute(
     method_named(method, chosen)
     # 2. The prompts, each with its tokens and the one token of its answer.
     prompts = prompts_with_answers(prompt, answer)
-    questions = [question_of(model, item.text, item.answer) for item in prompts]
+    questions = [question_of(model, item) for item in prompts]
     # 3. Trace, bound, score and certify, batch by batch where the weights are: see rank_batch.
     search = Search(seed, steps, with_first_order=True, exact_scores=True)
     found = rank_all(model, questions, {method: {chosen: k}}, search)

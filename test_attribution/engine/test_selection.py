@@ -18,6 +18,8 @@ from attribution.engine import methods, vectors
 from attribution.engine.gradients import KINDS
 from attribution.engine.importance import Candidates, Streams, first_order_bound, seen_together
 from attribution.engine.methods import Method, method_named, register_method, score_candidates
+from attribution.engine.questions import question_of
+from attribution.engine.ranking import Search, candidates_of_each
 from attribution.engine.top_k import top_k, top_k_together
 from attribution.engine.vectors import VectorTable
 from attribution.errors import BadInputError
@@ -428,6 +430,35 @@ def test_a_registered_method_can_be_used_by_name(monkeypatch: pytest.MonkeyPatch
     assert ranking.neurons == expected
     with pytest.raises(BadInputError, match=r"'first_rows' scores the units ffn, not 'attention'"):
         at.attribute(model, "The capital of France is", " Paris", method="first_rows", unit="attention")
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda candidates: candidates.coefficient - candidates.coefficient.mean(),
+        lambda candidates: candidates.coefficient.softmax(0),
+        lambda candidates: candidates.coefficient.argsort().argsort().double(),
+        lambda candidates: torch.rand(len(candidates)),
+    ],
+    ids=["mean", "softmax", "rank", "draws"],
+)
+@pytest.mark.parametrize("unit", ["ffn", "attention"])
+def test_a_method_that_scores_candidates_by_each_other_is_named(
+    monkeypatch: pytest.MonkeyPatch, model: at.Model, score: Callable[[Candidates], Tensor], unit: str
+) -> None:
+    """Blocks are of any size, so such scores would depend on the machine's memory."""
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    register_method("relative", source="this test")(score)
+    with pytest.raises(BadInputError, match=r"'relative' scores .* in a block of 64 candidates and .* of 32;"):
+        at.attribute(model, "The capital of France is", " Paris", method="relative", unit=unit, k=4)
+
+
+def test_every_method_of_the_package_scores_each_candidate_alone(model: at.Model) -> None:
+    question = question_of(model, at.Prompt("The capital of France is", " Paris"))
+    for method in methods.METHODS.values():
+        for unit in method.units:
+            (found,) = candidates_of_each(model, [question], {unit: [method]}, Search(steps=2))
+            methods.check_blocks(method, found[unit])
 
 
 def test_a_methods_name_can_be_taken_once_and_its_units_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
