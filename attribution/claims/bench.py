@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, wraps
-from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
+from typing import Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,12 @@ from attribution.engine.batching import batches_of, freed_memory_returned
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, worst
 from attribution.engine.masks import AblationKind
 from attribution.engine.methods import METHODS, method_named
-from attribution.engine.metrics import METRICS, by_metric
+from attribution.engine.metrics import METRICS, Outcome, by_metric
 from attribution.engine.progress import Progress
 from attribution.engine.questions import Question, question_of
 from attribution.engine.ranking import Ranking, Search, candidates_of_each, rank_all
 from attribution.engine.trace import read_activations
-from attribution.experiments.design import Design, budgets_of, table_of
+from attribution.experiments.design import Budget, Design, budgets_of, table_of
 from attribution.experiments.evaluation import references_of, run_design
 from attribution.models.model import Model
 from attribution.models.registry import Entry, entry_of
@@ -51,6 +51,15 @@ _DEEP = 100
 # Fewer say little of an engine that is checked on them.
 _ENOUGH = 24
 OWN_PROMPTS = "the prompts are one's own: only more than with swapped answers"
+
+
+_Arm: TypeAlias = tuple[str, str, tuple[tuple[str, int], ...], int]
+_NOTHING = pd.DataFrame()
+
+
+def _arm(method: str, kind: str, budget: Budget, seed: int) -> _Arm:
+    """Return what tells an arm of an experiment apart: method, kind of ablation, how many of each unit, and seed."""
+    return method, kind, tuple(sorted(budget.items())), seed
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -97,7 +106,7 @@ class Workbench:
         self.progress = progress or Progress()
         self.spent: dict[str, float] = {}
         self._within = 0.0
-        self._frames: dict[tuple[object, ...], pd.DataFrame] = {}
+        self._frames: dict[_Arm, pd.DataFrame] = {}
         self._results: dict[Hashable, object] = {}
         self._every: dict[tuple[str, Unit, int], AllScores] = {}
         self._scores: dict[tuple[str, Unit, Question], npt.NDArray[np.float64]] = {}
@@ -136,9 +145,14 @@ class Workbench:
         return Workbench(self.sample.regardless_of_knowledge(), seed=self.seed, progress=self.progress)
 
     @cached_property
+    def _answered(self) -> list[Outcome]:
+        """How the plain model answers :attr:`prompts`."""
+        return outcomes(self.model, self.sample.questions, [()] * len(self.sample.questions))[0]
+
+    @cached_property
     def before(self) -> dict[str, npt.NDArray[np.float64]]:
         """Each metric of the plain model on :attr:`prompts`."""
-        return by_metric(outcomes(self.model, self.sample.questions, [()] * len(self.sample.questions))[0])
+        return by_metric(self._answered)
 
     def once(self, measure: Callable[Concatenate[Workbench, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return ``measure(self, *args, **kwargs)``; called again with the same arguments, the same result."""
@@ -242,14 +256,14 @@ class Workbench:
         Heads and layers, for the prompt's own answer and the swapped one, are scored together: most of the work is the
         same, and some claim will ask for the rest.
         """
-        swapped = {prompt.text: prompt.answer for prompt in self.sample.swapped}
+        swapped = {prompt.text: prompt for prompt in self.sample.swapped}
         answers: dict[tuple[int, ...], list[Question]] = {}
         for question in dict.fromkeys(questions):
             if (method, unit, question) not in self._scores:
                 own = answers.setdefault(tuple(question.ids), [])
                 own.append(question)
                 if question.text in swapped:
-                    own.append(question_of(self.model, question.text, swapped[question.text]))
+                    own.append(question_of(self.model, swapped[question.text]))
         anatomy = self.model.anatomy
         # Each prompt has vectors of its own.
         size = max(1, _HELD_NUMBERS // (anatomy.layers * (anatomy.heads + 2) * anatomy.width))
@@ -330,29 +344,59 @@ class Workbench:
             columns = ["k", "fact", *(f"{metric}_{when}" for metric in METRICS for when in ("before", "after"))]
             return {name: pd.DataFrame(columns=columns, dtype=float) for name in methods}
         budgets = budgets_of(list(k) if isinstance(k, tuple) else k, "ffn")
-        key = (tuple(tuple(sorted(budget.items())) for budget in budgets), seed, len(indices))
-        missing = [name for name in dict.fromkeys(methods) if (name, kind, key) not in self._frames]
-        if missing:
-            design = Design.of(missing, budgets, list(dict.fromkeys((kind, *together))), seed=seed, steps=STEPS)
-            questions = [self.sample.questions[place] for place in indices]
-            ranked = self.ranked(missing, design.largest, indices=indices, seed=seed)
-            what = f"ablation by {', '.join(missing)}"
-            with self._timed(what):
-                measured = run_design(
-                    self.model,
-                    questions,
-                    design,
-                    references_of(self.model, design, questions, self._reference(design)),
-                    ranked=[
-                        {name: {unit: each.neurons for unit, each in by_unit.items()} for name, by_unit in own.items()}
-                        for own in ranked
-                    ],
-                    progress=self.bar(what),
-                )
-            frame = table_of([self.prompts[place] for place in indices], design, measured)
-            for (name, of_kind), rows in frame.groupby(["method", "kind"], sort=False):
-                self._frames[name, of_kind, key] = rows.reset_index(drop=True)
-        return {name: self._frames[name, kind, key] for name in methods}
+        self._measure([(name, kind, budget, seed) for name in methods for budget in budgets], together, indices)
+        return {
+            name: pd.concat(
+                [self._frames[_arm(name, kind, budget, seed)].loc[indices] for budget in budgets]
+            ).reset_index(drop=True)
+            for name in methods
+        }
+
+    def _measure(
+        self, asked: Sequence[tuple[str, str, Budget, int]], together: Sequence[str], indices: Sequence[int]
+    ) -> None:
+        """Measure some of :attr:`prompts` in those of some arms in which they were not, methods together.
+
+        Args:
+            asked: Method, kind of ablation, budget and seed of each arm; of one kind and seed.
+            together: Other kinds that are measured along with it.
+            indices: Which prompts.
+        """
+        lacking = {
+            place: arms
+            for place in indices
+            if (arms := [arm for arm in asked if place not in self._frames.get(_arm(*arm), _NOTHING).index])
+        }
+        if not lacking:
+            return
+        every = [arm for arm in asked if any(arm in arms for arms in lacking.values())]
+        places, (_, kind, _, seed) = list(lacking), every[0]
+        methods = list(dict.fromkeys(name for name, *_ in every))
+        budgets = list({_arm(*arm)[2]: arm[2] for arm in every}.values())
+        design = Design.of(methods, budgets, list(dict.fromkeys((kind, *together))), seed=seed, steps=STEPS)
+        questions = [self.sample.questions[place] for place in places]
+        ranked = self.ranked(methods, design.largest, indices=places, seed=seed)
+        what = f"ablation by {', '.join(methods)}"
+        with self._timed(what):
+            measured = run_design(
+                self.model,
+                questions,
+                design,
+                references_of(self.model, design, questions, self._reference(design)),
+                ranked=[
+                    {name: {unit: each.neurons for unit, each in by_unit.items()} for name, by_unit in own.items()}
+                    for own in ranked
+                ],
+                before=[self._answered[place] for place in places],
+                progress=self.bar(what),
+            )
+        table = table_of([self.prompts[place] for place in places], design, measured)
+        for number, arm in enumerate(design.arms):
+            own = table.iloc[number * len(places) : (number + 1) * len(places)].set_index(pd.Index(places))
+            key = _arm(arm.method, arm.kind.value, arm.budget, seed)
+            known = self._frames.get(key, _NOTHING)
+            new = own.loc[[place for place in places if place not in known.index]]
+            self._frames[key] = new if known.empty else pd.concat([known, new])
 
     def _reference(self, design: Design) -> list[tuple[int, ...]] | None:
         """Return what ablated coefficients take their values from: all prompts, also where few are ablated."""

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from attribution.engine.ablation import Reference, measure_variants, reference_of
+from attribution.engine.ablation import WORTH_PLAIN, Reference, measure_variants, reference_of
 from attribution.engine.batching import Kept, map_batches
 from attribution.engine.masks import AblationKind
-from attribution.engine.metrics import measure_each
+from attribution.engine.metrics import Outcome, measure_each
 from attribution.engine.progress import Progress
 from attribution.engine.questions import Question, encode_all, prompts_with_answers, question_of
 from attribution.engine.ranking import Search, rank_batch
@@ -82,7 +82,7 @@ def evaluate(
     design = Design.of(method, budgets_of(k, unit), kind, at_source=at_source, seed=seed, steps=steps)
     # 2. Of what: questions, and the prompts that ablated coefficients take their values from.
     prompts = prompts_with_answers(prompts, None)
-    questions = [question_of(model, prompt.text, prompt.answer) for prompt in prompts]
+    questions = [question_of(model, prompt) for prompt in prompts]
     given = None if reference is None else encode_all(model, reference)
     references = references_of(model, design, questions, given)
     # 3. Rank, ablate, rerun and measure, batch by batch where the weights are; a journal keeps what is measured.
@@ -106,6 +106,7 @@ def run_design(
     references: Mapping[AblationKind, Reference | None],
     *,
     ranked: Sequence[Ranked] | None = None,
+    before: Sequence[Outcome] | None = None,
     progress: Progress | None = None,
     kept: Kept | None = None,
 ) -> list[Measurement]:
@@ -118,11 +119,12 @@ def run_design(
         references: What each kind of ablation takes its values from, see :func:`references_of`.
         ranked: The best of each prompt where they are known already, at least as many as the largest budget; ranked
             here when ``None``.
+        before: How the plain model answers each, where that is known; measured here when ``None``.
         progress: The bar.
         kept: Measurements of an earlier run.
     """
-    known: Sequence[Ranked | None] = [None] * len(questions) if ranked is None else ranked
-    jobs = list(zip(questions, known, strict=True))
+    unknown = [None] * len(questions)
+    jobs = list(zip(questions, ranked or unknown, before or unknown, strict=True))
     lengths = [len(question.ids) for question in questions]
     return map_batches(model, jobs, measure_batch, design, references, lengths=lengths, progress=progress, kept=kept)
 
@@ -153,7 +155,7 @@ def _facts(model: Model) -> dict[str, Any]:
 
 def measure_batch(
     model: Model,
-    jobs: Sequence[tuple[Question, Ranked | None]],
+    jobs: Sequence[tuple[Question, Ranked | None, Outcome | None]],
     design: Design,
     references: Mapping[AblationKind, Reference | None],
 ) -> list[Measurement]:
@@ -161,24 +163,27 @@ def measure_batch(
 
     Args:
         model: A loaded model, whose weights are here.
-        jobs: The prompts, each with its best where they are known.
+        jobs: The prompts, each with its best and how it is answered, where these are known.
         design: What is done to each.
         references: What each kind of ablation takes its values from.
     """
-    questions, arms = [question for question, _ in jobs], design.arms
+    questions, arms = [question for question, *_ in jobs], design.arms
     # 1. One batch in one trace ranks for all methods and units.
-    if all(ranked is not None for _, ranked in jobs):
-        best: Sequence[Ranked] = [ranked for _, ranked in jobs if ranked is not None]
-    else:
+    best: Sequence[Ranked] = [ranked for _, ranked, _ in jobs if ranked is not None]
+    if len(best) < len(jobs):
         wanted: dict[str, dict[Unit, int | None]] = {name: {**design.largest} for name in design.methods}
         rankings = rank_batch(model, questions, wanted, Search(design.seed, design.steps))
         best = [
             {method: {unit: each.neurons for unit, each in by_unit.items()} for method, by_unit in own.items()}
             for own in rankings
         ]
-    # 2. How the plain model answers, and what its blocks return: reruns begin there.
-    plain = run_plainly(model, pad([question.ids for question in questions], device=model.device))
-    before = measure_each(plain.logits, [question.answer_id for question in questions])
+    # 2. How the plain model answers, and what its blocks return: reruns begin there, if they are worth it.
+    before = [outcome for *_, outcome in jobs if outcome is not None]
+    plain = None
+    if len(before) < len(jobs) or len(arms) >= WORTH_PLAIN:
+        plain = run_plainly(model, pad([question.ids for question in questions], device=model.device))
+    if plain is not None and len(before) < len(jobs):
+        before = measure_each(plain.logits, [question.answer_id for question in questions])
     # 3. What each arm ablates in each prompt.
     chosen = {
         (row, place): _chosen(best[row][arm.method], arm.budget)

@@ -103,15 +103,26 @@ def test_what_was_measured_is_not_measured_again(bench: Workbench, monkeypatch: 
     asked = []
     monkeypatch.setattr(
         "attribution.claims.bench.run_design",
-        lambda *arguments, **options: asked.append([*arguments[2].methods]) or run_design(*arguments, **options),
+        lambda *arguments, **options: (
+            asked.append(([*arguments[2].methods], [each["ffn"] for each in arguments[2].budgets], len(arguments[1])))
+            or run_design(*arguments, **options)
+        ),
     )
+    every = len(bench.prompts)
     frames = bench.frames(("random", "log_prob_increase"), 3)
-    assert asked == [["random"]]
-    assert frames["log_prob_increase"] is first
+    assert asked.pop() == (["random"], [3], every)
+    assert frames["log_prob_increase"].equals(first)
     bench.frames(("random",), 3, kind="mean")
     bench.frames(("random",), 3, seed=1)
     bench.frames(("random",), 4)
-    assert len(asked) == 4
+    assert asked == [(["random"], [3], every), (["random"], [3], every), (["random"], [4], every)]
+    # Of a curve over fewer prompts, what is known from more; of more prompts, what is not known from fewer.
+    curve = bench.frames(("log_prob_increase",), (2, 3), number=1)["log_prob_increase"]
+    assert asked.pop() == (["log_prob_increase"], [2], 1)
+    place = bench.sample.subset(1)
+    assert curve[curve["k"] == 3].reset_index(drop=True).equals(first.iloc[place].reset_index(drop=True))
+    bench.frames(("log_prob_increase",), 2)
+    assert asked.pop() == (["log_prob_increase"], [2], every - 1)
 
 
 def test_a_measurement_runs_once_for_each_bench_and_arguments(bench: Workbench) -> None:

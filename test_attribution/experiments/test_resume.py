@@ -90,7 +90,7 @@ def test_results_are_appended_batch_by_batch_and_not_measured_again(
     experiment = evaluation.measure_batch
 
     def interrupted(model: at.Model, jobs: Any, *rest: Any) -> Any:
-        asked.append([question.text for question, _ in jobs])
+        asked.append([question.text for question, *_ in jobs])
         if len(asked) == 3:
             raise KeyboardInterrupt
         return experiment(model, jobs, *rest)
