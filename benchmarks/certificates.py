@@ -73,7 +73,7 @@ def compare(name: str, every: int, prompts: int | None) -> bool:
     known = at.known_prompts(model, knowledge.prompts, knowledge.words)[::every]
     if prompts is not None:
         known = known[:: max(1, len(known) // prompts)][:prompts]
-    questions = [question_of(model, prompt.text, prompt.answer) for prompt in known]
+    questions = [question_of(model, prompt) for prompt in known]
     method = method_named("log_prob_increase", "ffn")
     equal, scored, total = Counter[Unit](), dict[Unit, list[int]](), dict[Unit, list[int]]()
     worst = 0.0

@@ -89,7 +89,7 @@ class Asked:
 
     def __init__(self, model: at.Model, prompts: Sequence[Prompt]) -> None:
         self.model, self.prompts = model, list(prompts)
-        self.questions = [question_of(model, each.text, each.answer) for each in prompts]
+        self.questions = [question_of(model, each) for each in prompts]
         self.batches = [batch for _, batch in batches_of(model, self.questions)]
         self.ranked: list[list[Component]] = []
 

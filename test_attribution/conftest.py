@@ -231,6 +231,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run what is marked so as well: every injected fault, every page, the wheel in an empty environment, ...",
     )
     parser.addoption(
+        "--folders", type=int, default=60, help="how many troubled folders are tried (test_troubled_folders.py)"
+    )
+    parser.addoption(
         "--every-architecture",
         action="store_true",
         help="run on every tiny model what otherwise runs on those that together have every setting",
@@ -349,6 +352,12 @@ def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return made[architecture]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def architectures() -> list[str]:
+    """The rows of ``ARCHITECTURES``."""
+    return list(ARCHITECTURES)
 
 
 @pytest.fixture(scope="session")

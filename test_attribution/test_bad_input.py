@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import attribution as at
 from attribution.errors import AttributionError, BadInputError, ModelError, UnsupportedModelError
+from attribution.models.anatomy import read_anatomy
 
 PROMPT = "The capital of France is"
 REMEDY = re.compile(
@@ -136,6 +138,21 @@ def test_a_damaged_folder_is_named_with_what_is_wrong(
     message = _complaint(expected, lambda: at.load(str(damaged)))
     assert str(damaged) in message
     assert any(name in message for name in names), message
+
+
+class _Adapted(torch.nn.Linear):
+    """What libraries for adapters and quantised weights put in the place of a projection."""
+
+
+def test_modules_that_are_not_the_architectures_own_are_named(model: at.Model) -> None:
+    twin = copy.deepcopy(model.network._module)
+    block = model.anatomy.blocks(twin)[1]
+    old = block.mlp.c_proj if hasattr(block.mlp, "c_proj") else block.mlp.down_proj
+    setattr(block.mlp, "c_proj" if hasattr(block.mlp, "c_proj") else "down_proj", _Adapted(*old.weight.shape))
+    message = _complaint(UnsupportedModelError, lambda: read_anatomy(twin, "adapted"))
+    assert "_Adapted at" in message
+    assert ".1.mlp." in message
+    assert "merge adapters" in message
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import cached_property
 
 from attribution.engine.progress import Progress
-from attribution.engine.questions import Question, question_of
+from attribution.engine.questions import Question, answer_ids_of, is_askable, question_of
 from attribution.experiments.selection_rule import known_prompts, one_token_words
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Knowledge, Prompt
-from attribution.prompts.tokens import answer_tokens
 from attribution.records import Unit
 
 __all__ = ["SCORED_IN_FULL", "SCORED_OF_CATEGORY", "Sample"]
@@ -100,11 +99,12 @@ class Sample:
             distinct = list(one_token_words(self.model, answers))
             if len(distinct) < 2:
                 distinct = list(one_token_words(self.model, [*distinct, *words]))[:2]
-            following = dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
             for prompt in self.knowledge.prompts:
                 if prompt.category == category:
-                    own = prompt.answer[1:]
-                    swapped.append(replace(prompt, answer=" " + following.get(own, next(iter(distinct), own))))
+                    others = [prompt.answered(word) for word in _following(distinct, prompt.word)]
+                    # Where answers join the prompt, which of them are one token depends on it.
+                    fitting = (each for each in others if not prompt.joined or is_askable(self.model, each))
+                    swapped.append(next(fitting, prompt))
         return swapped
 
     @cached_property
@@ -124,7 +124,7 @@ class Sample:
     @cached_property
     def questions(self) -> list[Question]:
         """The same prompts, tokenised."""
-        return [question_of(self.model, prompt.text, prompt.answer) for prompt in self.prompts]
+        return [question_of(self.model, prompt) for prompt in self.prompts]
 
     @cached_property
     def draw_order(self) -> list[int]:
@@ -150,12 +150,14 @@ class Sample:
 
     def regardless_of_knowledge(self) -> Sample:
         """Return the sample of all prompts with an answer of one token, whether or not the model knows them."""
-        askable = [
-            prompt
-            for prompt in self.knowledge.prompts
-            if len(answer_tokens(self.model.tokenizer, prompt.text, prompt.answer)) == 1
-        ]
+        askable = [prompt for prompt in self.knowledge.prompts if len(answer_ids_of(self.model, prompt)) == 1]
         return Sample(self.model, self.knowledge, max_prompts=self.max_prompts, known=askable)
+
+
+def _following(words: Sequence[str], word: str) -> list[str]:
+    """Return the words behind one of them, then those before it, then itself; all of them for one that is none."""
+    place = list(words).index(word) + 1 if word in words else 0
+    return [*words[place:], *words[:place]]
 
 
 def _draw(text: str) -> tuple[int, str]:

@@ -29,6 +29,9 @@ def add_command(commands: Any) -> None:
         help="one token with its leading space, such as ' Paris'; the model's own first prediction when left out",
     )
     parser.add_argument(
+        "--joined", action="store_true", help="the answer continues the prompt's last word, with no space between"
+    )
+    parser.add_argument(
         "--model", default="bundled:gpt2", metavar="MODEL", help="a known name, a hub id or a folder (%(default)s)"
     )
     parser.add_argument(
@@ -46,10 +49,14 @@ def run(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from attribution.experiments.explanation import explain
+    from attribution.prompts.knowledge import Prompt
     from attribution.report.explanation_page import render_page
     from attribution.report.explanation_text import glyphs_for, render_text
 
-    explanation = explain(load_chosen(options), options.prompt, options.answer, k=options.k)
+    prompt: str | Prompt = options.prompt
+    if options.answer is not None:
+        prompt = Prompt(options.prompt, options.answer, joined=options.joined)
+    explanation = explain(load_chosen(options), prompt, k=options.k)
     if options.json:
         print(json.dumps(asdict(explanation), indent=2, allow_nan=False))
     else:

@@ -31,6 +31,7 @@ from attribution.records import Component
 from attribution.wording import pluralize
 
 __all__ = [
+    "WORTH_PLAIN",
     "Donors",
     "Means",
     "Reference",
@@ -42,8 +43,8 @@ __all__ = [
     "reference_of",
 ]
 
-# Variants of a prompt, on average, from which on a plain run of it saves more than it costs.
-_WORTH_PLAIN = 3
+WORTH_PLAIN = 3
+"""Variants of a prompt, on average, from which on a plain run of it saves more than it costs."""
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,16 @@ def _resampled_logits(
     logits = weights.new_empty(len(rows), model.anatomy.vocabulary)
     distinct = torch.zeros(len(rows), dtype=torch.long)
     lengths = [max(len(row), len(donor)) for row, donor in zip(rows, chosen, strict=True)]
+    breaks = model.anatomy.breaks
+    for row, length in zip(rows, lengths, strict=True):
+        if any(len(row) <= each < length for each in breaks):
+            raise BadInputError(
+                f"a prompt of {len(row)} tokens was to take its coefficients from one of {length}, and model "
+                f"{model.name!r} reads positions otherwise in texts of more than {max(breaks)} tokens; use reference "
+                "prompts that are as short, or kind 'mean'."
+            )
     # A donor may be much longer than the batch that was planned.
-    for part in chunk_by_length(lengths, model.batch_tokens):
+    for part in chunk_by_length(lengths, model.batch_tokens, breaks=breaks):
         extra = list(dict.fromkeys(chosen[row] for row in part if chosen[row] != rows[row]))
         indices = {donor: place for place, donor in enumerate(extra, start=len(part))}
         giver = [indices.get(chosen[row], place) for place, row in enumerate(part)] + list(indices.values())
@@ -396,7 +405,7 @@ def _measure_each(
     jobs = [(row, variant) for row, (_, own) in enumerate(items) for variant in own]
     # A plain run pays for itself where several reruns begin in it.
     plain = None
-    if len(jobs) >= _WORTH_PLAIN * len(items) and not model.anatomy.spread:
+    if len(jobs) >= WORTH_PLAIN * len(items) and not model.anatomy.spread:
         plain = run_plainly(model, pad([question.ids for question in questions], device=model.device))
     measured = iter(measure_variants(model, questions, jobs, reference, at_source, plain))
     return [tuple(next(measured) for _ in own) for _, own in items]

@@ -66,7 +66,7 @@ def batches_of(
 ) -> Iterator[tuple[list[int], TokenBatch]]:
     """Yield question numbers with their padded batch, sized so that ``variants`` rows of each fit one pass."""
     lengths = [len(question.ids) for question in questions]
-    for rows in chunk_by_length(lengths, max(1, model.batch_tokens // variants)):
+    for rows in chunk_by_length(lengths, max(1, model.batch_tokens // variants), breaks=model.anatomy.breaks):
         yield rows, pad([questions[row].ids for row in rows], device=model.device)
 
 
@@ -123,7 +123,8 @@ def each_batch(
     left = set(range(len(items)))
     while left:
         numbers = sorted(left)
-        for chunk in chunk_by_length([lengths[number] for number in numbers], model.batch_tokens):
+        own = [lengths[number] for number in numbers]
+        for chunk in chunk_by_length(own, model.batch_tokens, breaks=model.anatomy.breaks):
             rows = [numbers[place] for place in chunk]
             # An interrupted batch is computed again as a whole: beside other prompts, last digits could differ.
             if kept is not None and all(row in kept.found for row in rows):

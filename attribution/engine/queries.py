@@ -247,7 +247,7 @@ def _strongest(model: Model, questions: Sequence[Question]) -> list[tuple[list[N
         # Only prompts of a model with fewer neurons than that differ in size.
         for k in sorted({min(number, size) for size in sizes}):
             rows = [row for row, size in enumerate(sizes) if min(number, size) == k]
-            prompts = [Prompt(questions[row].text, questions[row].answer) for row in rows]
+            prompts = [questions[row].prompt for row in rows]
             for row, ranking in zip(rows, attribute(model, prompts, unit=sublayer, k=k), strict=True):
                 chosen[row].append(ranking)
     return [
@@ -466,7 +466,7 @@ def query(
     # 1. What is asked of each prompt: its answer and its value neurons with their importances.
     options = _Options(_checked_k(k), _subkey_named(subkey, model.anatomy), centring, biases)
     single = isinstance(prompt, str | Prompt)
-    questions = [question_of(model, item.text, item.answer) for item in prompts_with_answers(prompt, answer)]
+    questions = [question_of(model, item) for item in prompts_with_answers(prompt, answer)]
     if value_neurons is None:
         chosen = _strongest(model, questions)
     else:

@@ -14,6 +14,7 @@ from attribution.errors import BadInputError
 from attribution.models.anatomy import read_anatomy
 from attribution.models.model import Model
 from attribution.models.opening import wrap
+from attribution.models.running import TURN
 from attribution.records import Component, SublayerKind
 
 __all__ = ["edited_copy", "zeroed_parameters"]
@@ -49,7 +50,8 @@ def edited_copy(model: Model, edited: Collection[Tensor]) -> Iterator[Model]:
         for tensor in (*module.parameters(), *module.buffers())
         if tensor.untyped_storage().data_ptr() not in stored
     }
-    twin = copy.deepcopy(module, shared)
+    with TURN:
+        twin = copy.deepcopy(module, shared)
     other = replace(model, network=wrap(twin, model.tokenizer), anatomy=read_anatomy(twin, model.name))
     try:
         yield other

@@ -16,13 +16,13 @@ from attribution.engine.importance import Candidates
 from attribution.engine.methods import method_named, score_candidates
 from attribution.engine.metrics import Outcome, measure
 from attribution.engine.queries import QueryRanking, query
-from attribution.engine.questions import Question, question_of
+from attribution.engine.questions import Question, answer_ids_of, ids_of, prompts_with_answers, question_of
 from attribution.engine.ranking import all_candidates
 from attribution.engine.top_k import top_k
 from attribution.errors import BadInputError
 from attribution.experiments.controls import matched
 from attribution.models.model import Model
-from attribution.prompts.tokens import answer_token, encode
+from attribution.prompts.knowledge import Prompt
 from attribution.records import Component, FFNNeuron, Neuron, Unit
 
 __all__ = [
@@ -183,22 +183,24 @@ class Explanation:
     ablations: tuple[Ablation, ...]
 
 
-def explain(model: Model, prompt: str, answer: str | None = None, *, k: int = 10) -> Explanation:
+def explain(model: Model, prompt: str | Prompt, answer: str | None = None, *, k: int = 10) -> Explanation:
     """Explain one prompt: its predictions, and the layers, heads, value and query neurons behind the answer.
 
     Args:
         model: A loaded model.
-        prompt: A text that ends right before its answer.
-        answer: One token with its leading space; the model's own first prediction when ``None``.
+        prompt: A text that ends right before its answer, or a :class:`Prompt` with it.
+        answer: One token with its leading space; for a text, the model's own first prediction when ``None``.
         k: How many neurons of each kind to name and to zero.
 
     Raises:
         BadInputError: If an argument cannot be used; the message says which and why.
     """
-    ids = encode(model.tokenizer, prompt, context=model.anatomy.context)
-    logits = ablate(model, prompt, [])
-    given = answer is not None
-    question = question_of(model, prompt, _first_answer(model, prompt, ids, logits) if answer is None else answer)
+    text = prompt.text if isinstance(prompt, Prompt) else prompt
+    ids = ids_of(model, text)
+    logits = ablate(model, text, [])
+    given = answer is not None or isinstance(prompt, Prompt)
+    (asked,) = prompts_with_answers(prompt, answer) if given else (_first_answer(model, text, ids, logits),)
+    question = question_of(model, asked)
     ((_, batch),) = batches_of(model, [question])
     method = method_named(_METHOD, "neuron")
     # One trace serves all units.
@@ -214,10 +216,10 @@ def explain(model: Model, prompt: str, answer: str | None = None, *, k: int = 10
     # Candidates come in forward order: attention before FFN in every layer, and head after head.
     by_layer = score_candidates(method, candidates["layer"]).view(-1, 2).T.tolist()
     by_head = score_candidates(method, candidates["head"]).view(-1, model.anatomy.heads).tolist()
-    queries = query(model, prompt, question.answer, k=k)
+    queries = query(model, asked, k=k)
     return Explanation(
         model=model.name,
-        prompt=prompt,
+        prompt=text,
         answer=question.answer,
         answer_id=question.answer_id,
         answer_given=given,
@@ -254,24 +256,25 @@ def _continued(tokenizer: Any, ids: Sequence[int], tokens: Sequence[int]) -> lis
     return texts
 
 
-def _first_answer(model: Model, prompt: str, ids: Sequence[int], logits: Tensor) -> str:
-    """Return the model's first prediction as an answer.
+def _first_answer(model: Model, text: str, ids: Sequence[int], logits: Tensor) -> Prompt:
+    """Return a text with the model's first prediction as its answer.
 
     Raises:
         BadInputError: If its text is not read as that token again, such as a special token's.
     """
     token = int(logits.argmax())
-    (text,) = _continued(model.tokenizer, ids, [token])
+    (answer,) = _continued(model.tokenizer, ids, [token])
+    prompt = Prompt(text, answer, joined=True)
     try:
-        same = answer_token(model.tokenizer, prompt, text) == token
+        same = answer_ids_of(model, prompt) == [token]
     except BadInputError:
         same = False
     if not same:
         raise BadInputError(
-            f"the model's first prediction for prompt {prompt!r} is token {token} ({text!r}), which cannot be given "
+            f"the model's first prediction for prompt {text!r} is token {token} ({answer!r}), which cannot be given "
             "as an answer; give the answer to explain, such as ' Paris'."
         )
-    return text
+    return prompt
 
 
 def _predictions(model: Model, question: Question, logits: Tensor) -> tuple[Prediction, ...]:

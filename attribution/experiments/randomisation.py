@@ -10,6 +10,7 @@ import torch
 from attribution.models.anatomy import read_anatomy
 from attribution.models.model import Model
 from attribution.models.opening import wrap
+from attribution.models.running import TURN
 
 __all__ = ["randomised"]
 
@@ -26,7 +27,8 @@ def randomised(model: Model, seed: int = 0) -> Model:
         model: A loaded model; it is not touched. The copy shares no tensor with it and needs as much memory.
         seed: Seed of the shuffle.
     """
-    twin = copy.deepcopy(model.network._module)
+    with TURN:
+        twin = copy.deepcopy(model.network._module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in twin.parameters():

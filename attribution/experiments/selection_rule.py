@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from enum import Enum
 from typing import TypeAlias
 
@@ -13,12 +12,12 @@ from torch import Tensor
 from attribution.engine.batching import map_batches
 from attribution.engine.metrics import measure
 from attribution.engine.progress import Progress
-from attribution.engine.questions import Question
+from attribution.engine.questions import Question, answer_ids_of, ids_of, is_askable
 from attribution.engine.trace import rerun
 from attribution.errors import BadInputError
 from attribution.models.model import Model
 from attribution.prompts.knowledge import Knowledge, Prompt
-from attribution.prompts.tokens import answer_token, answer_tokens, encode, pad
+from attribution.prompts.tokens import pad
 
 __all__ = [
     "SelectionOutcome",
@@ -34,6 +33,9 @@ __all__ = [
 
 _Asked: TypeAlias = tuple[int, Sequence[int]]
 """An answer's token, and those that it competes with."""
+
+# A word behind a space is the same token after any prompt.
+_ANY_PROMPT = Prompt("The word is", "")
 
 
 def selection_outcomes(
@@ -62,25 +64,29 @@ def selection_outcomes(
     rows_asked: list[int] = []
     questions: list[Question] = []
     for row, prompt in enumerate(prompts):
-        ids = encode(model.tokenizer, prompt.text, context=model.anatomy.context)
-        pieces = answer_tokens(model.tokenizer, prompt.text, prompt.answer)
+        ids = ids_of(model, prompt.text)
+        pieces = answer_ids_of(model, prompt)
         if len(pieces) > 1:
             found[row] = SelectionOutcome.SEVERAL_TOKENS
         else:
             rows_asked.append(row)
             questions.append(Question(prompt.text, prompt.answer, tuple(ids), pieces[0]))
-    rivals = {category: list(one_token_words(model, each).values()) for category, each in words.items()}
     for prompt in prompts:
-        if prompt.category not in rivals:
+        if prompt.category not in words:
             raise BadInputError(
                 f"prompt {prompt.text!r} has the category {prompt.category!r}, which has no word list among "
-                f"{', '.join(rivals)}; pass its words."
+                f"{', '.join(words)}; pass its words."
             )
+    rivals = {category: list(one_token_words(model, each).values()) for category, each in words.items()}
 
     # One text may be asked for several answers, and is run once.
     by_text: dict[tuple[int, ...], list[tuple[int, _Asked]]] = {}
     for row, question in zip(rows_asked, questions, strict=True):
-        asked = question.answer_id, rivals[prompts[row].category]
+        prompt = prompts[row]
+        own = rivals[prompt.category]
+        if prompt.joined:
+            own = list(one_token_words(model, words[prompt.category], prompt).values())
+        asked = question.answer_id, own
         by_text.setdefault(question.ids, []).append((row, asked))
     jobs = [(ids, [asked for _, asked in of_text]) for ids, of_text in by_text.items()]
     judged = map_batches(model, jobs, _judged, lengths=[len(ids) for ids, _ in jobs], progress=progress)
@@ -100,14 +106,16 @@ def _judged(
     ]
 
 
-def one_token_words(model: Model, words: Iterable[str]) -> dict[str, int]:
-    """Return those words that are one token each with that token, in the order given."""
-    tokens = {}
-    for word in words:
-        # Any prompt serves: an answer is tokenised as the continuation of one.
-        with suppress(BadInputError):
-            tokens[word] = answer_token(model.tokenizer, "The word is", f" {word}")
-    return tokens
+def one_token_words(model: Model, words: Iterable[str], prompt: Prompt = _ANY_PROMPT) -> dict[str, int]:
+    """Return those words that are one token each with that token, in the order given.
+
+    Args:
+        model: A loaded model.
+        words: Words without leading space.
+        prompt: What they continue; any prompt serves, unless words join its last one.
+    """
+    asked = {word: prompt.answered(word) for word in words}
+    return {word: answer_ids_of(model, each)[0] for word, each in asked.items() if is_askable(model, each)}
 
 
 def selection_report(model: Model, knowledge: Knowledge) -> pd.DataFrame:

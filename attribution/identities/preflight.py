@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,15 +29,19 @@ from torch import Tensor, nn
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, rounding, worst
 from attribution.engine.importance import log_prob_increase
 from attribution.engine.projection import before_softmax, largest_row_norm, model_logits
-from attribution.engine.questions import prompt_list
+from attribution.engine.questions import ids_of, prompt_list
 from attribution.engine.trace import Activations, Edits, read_activations, rerun
-from attribution.errors import PreflightError
+from attribution.errors import AttributionError, PreflightError
 from attribution.identities.edits import EDITS, Trial, differing, edit_errors, logits_of, ratio, zeroing_errors
+from attribution.identities.texts import broken_continuations, confused_texts, wrong_beginnings
 from attribution.models.anatomy import Anatomy, resolve
+from attribution.models.hub import cause_of
 from attribution.models.model import Model
 from attribution.models.norms import Norm, frozen_scale, normalise
+from attribution.models.running import TURN, hooked
+from attribution.models.tokenizer import tokens_of
 from attribution.prompts.knowledge import Prompt
-from attribution.prompts.tokens import TokenBatch, encode, pad
+from attribution.prompts.tokens import TokenBatch, pad
 
 __all__ = ["CHECKS", "Check", "preflight"]
 
@@ -119,6 +123,17 @@ _FFN_TERMS = "n = FFN neurons + 1 (+ width where a norm follows)"
 _NORMED_TERMS = "n = 2 * width behind a norm"
 
 CHECKS: Mapping[str, _Identity] = {
+    "tokens": _exact(
+        "different texts are different tokens, and the model has an embedding of each",
+        "texts that are not",
+        "put the tokenizer that the model was trained with beside its weights",
+    ),
+    "continuations": _exact(
+        "a prompt with its answer is the prompt's tokens and then the answer's, none of them special, for every "
+        "bundled prompt",
+        "prompts for which it is not",
+        "use a tokenizer that reads a text from left to right, without marks at its end",
+    ),
     "beginning": _exact(
         "a text begins with BOS, once, where the tokenizer's settings say so (add_bos_token), and without it where "
         "they deny it",
@@ -249,11 +264,11 @@ def _rows(model: Model, prompts: str | Prompt | Sequence[str | Prompt] | None) -
     context = model.anatomy.context
     if prompts is None:
         # Any tokenizer makes something of the sentence; what is too short repeats.
-        sentence = model.tokenizer.encode(_SENTENCE)
+        sentence = tokens_of(model.tokenizer, _SENTENCE)
         rows = [(sentence * _LENGTH)[: min(_LENGTH, context or _LENGTH)]]
     else:
         texts = [item.text if isinstance(item, Prompt) else item for item in prompt_list(prompts)]
-        rows = [encode(model.tokenizer, text, context=context) for text in texts]
+        rows = [ids_of(model, text) for text in texts]
     beginning = (max(rows, key=len) * _SHORT)[:_SHORT]
     return [*rows, beginning, beginning[:_SHORTER]]
 
@@ -262,9 +277,11 @@ def _measure(model: Model, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str,
     """Yield each check's value as it is asked for: nothing is measured behind a broken identity."""
     anatomy = model.anatomy
     batch = pad(rows, device=model.device)
-    yield "beginning", _wrong_beginnings(model)
+    yield "tokens", confused_texts(model)
+    yield "continuations", broken_continuations(model)
+    yield "beginning", wrong_beginnings(model)
     # 1. Tracing changes nothing, and what it reads are numbers.
-    clean = read_activations(model, batch, positions="all")
+    clean = _first_run(model, batch)
     yield "null_intervention", _null_intervention(model, batch, clean)
     yield "finite", _not_finite(clean, rows)
     # 2. What is read adds up: to the residual stream, to the logits, to log p.
@@ -287,6 +304,23 @@ def _measure(model: Model, rows: Sequence[Sequence[int]]) -> Iterator[tuple[str,
         yield from edit_errors(trial, name)
 
 
+def _first_run(model: Model, batch: TokenBatch) -> Activations:
+    """Return what a run says of every position.
+
+    Raises:
+        PreflightError: If the model does not run at all: transformers checks some settings only then.
+    """
+    try:
+        return read_activations(model, batch, positions="all")
+    except (AttributionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # Whatever the model's own code, transformers or nnsight raise.
+        raise PreflightError(
+            f"model {model.name!r} does not run ({type(error).__name__}: {cause_of(error)}); correct its config.json, "
+            "which has settings that do not belong together, or use another model."
+        ) from error
+
+
 def _null_intervention(model: Model, batch: TokenBatch, clean: Activations) -> float:
     layers = range(model.anatomy.layers)
     zero = torch.zeros((), device=model.device)
@@ -298,14 +332,12 @@ def _null_intervention(model: Model, batch: TokenBatch, clean: Activations) -> f
     def narrow(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0][rows, batch.last][:, None], *inputs[1:])
 
-    with torch.no_grad():
+    unembedding = resolve(module, model.anatomy.family.unembedding)
+    with TURN, torch.no_grad():
         plain = module(**batch.inputs()).logits
         # Products of other shapes are rounded otherwise, so the plain module unembeds what a rerun does.
-        hook = resolve(module, model.anatomy.family.unembedding).register_forward_pre_hook(narrow)
-        try:
+        with hooked([(unembedding, narrow)]):
             last = module(**batch.inputs()).logits[:, 0]
-        finally:
-            hook.remove()
     return (
         differing(logits_of(clean), plain)
         + differing(rerun(model, batch, Edits()), last)
@@ -433,17 +465,7 @@ def _value_subkey_error(clean: Activations, anatomy: Anatomy, batch: TokenBatch)
     return worst(errors)
 
 
-def _wrong_beginnings(model: Model) -> float:
-    """Count the texts that do not begin as the tokenizer's settings say; none where they say nothing."""
-    first = model.tokenizer.bos_token_id
-    if model.begins is None or first is None:
-        return 0
-    found = [model.tokenizer.encode(text)[:2].count(first) for text in (_SENTENCE, "1976", "a")]
-    return float(sum(number != int(model.begins) for number in found))
-
-
-@contextmanager
-def _shaken(model: Model) -> Iterator[None]:
+def _shaken(model: Model) -> AbstractContextManager[None]:
     """Change every block's input and both projections' inputs at random, as far as rounding may."""
     anatomy, family = model.anatomy, model.anatomy.family
     # Its own numbers, always the same: the verdict does not depend on a seed, and no one else's numbers change.
@@ -458,19 +480,15 @@ def _shaken(model: Model) -> Iterator[None]:
 
         return hook
 
-    handles = []
-    try:
-        for block in anatomy.blocks(model.network._module):
-            for part, terms in (
-                (block, anatomy.width),
-                (resolve(block, family.attention_out), anatomy.heads * anatomy.head_dim),
-                (resolve(block, family.ffn_out), anatomy.ffn_neurons),
-            ):
-                handles.append(part.register_forward_pre_hook(shake(terms)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(
+        (part, shake(terms))
+        for block in anatomy.blocks(model.network._module)
+        for part, terms in (
+            (block, anatomy.width),
+            (resolve(block, family.attention_out), anatomy.heads * anatomy.head_dim),
+            (resolve(block, family.ffn_out), anatomy.ffn_neurons),
+        )
+    )
 
 
 def _batching_error(model: Model, rows: Sequence[Sequence[int]], clean: Activations, shaken: Activations) -> float:

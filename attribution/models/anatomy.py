@@ -165,6 +165,7 @@ class Anatomy:
         subkeys: FFN subkeys per layer.
         readout: Final norm and unembedding.
         spread: Whether the weights lie on several devices, or in parts with several processes.
+        breaks: Lengths in tokens beyond which the model reads positions otherwise, in all rows of a batch.
     """
 
     family: Family
@@ -187,6 +188,7 @@ class Anatomy:
     subkeys: Sequence[Subkeys]
     readout: Readout
     spread: bool = False
+    breaks: tuple[int, ...] = ()
     _made: dict[Callable[[Anatomy], Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, make: Callable[[Anatomy], T]) -> T:
@@ -371,6 +373,26 @@ def _check_finite(module: nn.Module, name: str) -> None:
             )
 
 
+def _check_classes(module: nn.Module, name: str) -> None:
+    """Complain of modules that are not the architecture's own: they compute something else than what is read here."""
+    for path, each in module.named_modules():
+        place = type(each).__module__
+        if not place.startswith(("torch.nn.", "transformers.")) or place.startswith("transformers.integrations."):
+            raise UnsupportedModelError(
+                f"model {name!r} has a {place}.{type(each).__name__} at {path or 'its root'}, which is no part of the "
+                "architecture; merge adapters into the weights and load these unquantised."
+            )
+
+
+def _breaks(config: Any) -> tuple[int, ...]:
+    """Return the lengths beyond which "longrope" takes other angles: for a whole batch, by its longest row."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # One set of parameters, or one for each type of layer.
+    sets = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    found = (each["original_max_position_embeddings"] for each in sets if each.get("rope_type") == "longrope")
+    return tuple(sorted(set(found)))
+
+
 def _is_spread(module: nn.Module, home: torch.device) -> bool:
     return any(isinstance(each, DTensor) or each.device != home for each in module.parameters())
 
@@ -390,6 +412,7 @@ def read_anatomy(module: nn.Module, name: str, *, check: bool = True) -> Anatomy
     """
     whole: Any = module.config
     family, config = family_of(whole, name), whole.get_text_config()
+    _check_classes(module, name)
     blocks = list(resolve(module, family.blocks))
     attention_outs = [resolve(block, family.attention_out) for block in blocks]
     ffn_outs = [resolve(block, family.ffn_out) for block in blocks]
@@ -459,4 +482,5 @@ def read_anatomy(module: nn.Module, name: str, *, check: bool = True) -> Anatomy
             softcap=None if softcap is None else float(softcap),
         ),
         spread=spread,
+        breaks=_breaks(config),
     )

@@ -27,7 +27,7 @@ from huggingface_hub.utils import logging as client_logging
 
 from attribution.errors import ModelError
 
-__all__ = ["Fetched", "cause_of", "fetch", "weights_file"]
+__all__ = ["Fetched", "cause_of", "fetch", "weights_file", "without_weights"]
 
 # In the order in which transformers looks for them: the weights, or the index of their shards.
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
@@ -151,7 +151,8 @@ def _download(info: huggingface_hub.ModelInfo, wanted: _Wanted) -> Fetched:
     commit = str(info.sha)
     weights = weights_file(files, allow_pickle=wanted.allow_pickle)
     if weights is None:
-        raise ModelError(_without_weights(set(files), wanted))
+        where = f"at {wanted.revision or 'the default branch'} of {wanted.repo!r}"
+        raise ModelError(without_weights(set(files), wanted.name, where))
     settings = sorted(each for each in files if "/" not in each and Path(each).suffix in _SETTINGS)
     for each in settings:
         if not each.endswith(_INDEX):
@@ -274,15 +275,22 @@ def _cached(wanted: _Wanted) -> Fetched | None:
     return Fetched(folder, folder.name)
 
 
-def _without_weights(files: set[str], wanted: _Wanted) -> str:
+def without_weights(files: Container[str], name: str, where: str) -> str:
+    """Return one sentence on a model without weights that may be read.
+
+    Args:
+        files: Names of what is there.
+        name: What to call the model.
+        where: Where its files are.
+    """
     pickled = next((each for each in _PICKLED if each in files), None)
     found = f", only pickled ones ({pickled})" if pickled else ""
     remedy = (
         ", or allow pickled weights by allow_pickle=True or --allow-pickle if you trust their author" if pickled else ""
     )
     return (
-        f"model {wanted.name!r} has no weights in safetensors at {wanted.revision or 'the default branch'} of "
-        f"{wanted.repo!r}{found}; choose another revision that has model.safetensors, or another model{remedy}."
+        f"model {name!r} has no weights in safetensors {where}{found}; choose another revision that has "
+        f"model.safetensors, or another model{remedy}."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from attribution.errors import AttributionError, BadInputError, ModelError, Unsu
 from attribution.models.anatomy import read_anatomy
 from attribution.models.families import FAMILIES, family_of
 from attribution.models.gguf import SUFFIX, folder_of, quantisation_of
-from attribution.models.hub import Fetched, cause_of, fetch, weights_file
+from attribution.models.hub import Fetched, cause_of, fetch, weights_file, without_weights
 from attribution.models.model import Model
 from attribution.models.opening import SPREAD, open_elsewhere, open_network
 from attribution.models.packaged import packaged
@@ -78,9 +79,13 @@ def load(
     fetched = locate(name, revision=revision, models_dir=models_dir, allow_pickle=allow_pickle)
     folder, commit = fetched.folder, fetched.commit
     try:
+        names = {each.name for each in folder.iterdir()}
+        _refuse_adapter(names, name)
         _refuse_code(folder, name)
         family_of(AutoConfig.from_pretrained(folder, trust_remote_code=False), name)
-        pickled = allow_pickle and weights_file({each.name for each in folder.iterdir()}, allow_pickle=False) is None
+        pickled = allow_pickle and weights_file(names, allow_pickle=False) is None
+        if weights_file(names, allow_pickle=allow_pickle) is None:
+            raise ModelError(without_weights(names, name, f"in the folder {str(folder)!r}"))
         network = open_network(folder, dtype=kind, device=place, pickled=pickled)
     except AttributionError:
         raise
@@ -220,6 +225,16 @@ def _dtype(given: torch.dtype | str) -> torch.dtype:
     if named is None or named not in _DTYPES.values():
         raise BadInputError(f"dtype {given!r} is no type of weights here; use one of {', '.join(_DTYPES)}.")
     return named
+
+
+def _refuse_adapter(names: Collection[str], name: str) -> None:
+    """Complain of an adapter beside the weights: what is installed decides whether transformers adds it to them."""
+    adapter = next((each for each in sorted(names) if each.startswith(("adapter_config.", "adapter_model."))), None)
+    if adapter is not None:
+        raise ModelError(
+            f"model {name!r} has an adapter beside its weights ({adapter}); merge it into them first (merge_and_unload "
+            "of peft, then save_pretrained), or remove it."
+        )
 
 
 def _refuse_code(folder: Path, name: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from attribution.errors import ModelError
+from attribution.models.tokenizer import check_tokenizer
 
 __all__ = [
     "SPREAD",
@@ -20,6 +23,20 @@ __all__ = [
 
 SPREAD = ("auto", "tensor_parallel")
 """Devices that are several: all that this process has, or one of each process."""
+
+# What modules return follows from these settings, which a config may have for other uses. Fused attention kernels do
+# not return attention weights; "eager" does.
+_SETTLED = {
+    "return_dict": True,
+    "use_cache": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "_attn_implementation": "eager",
+}
+# Buffers of older versions of transformers, which newer ones compute: masks, positions, angles.
+_HARMLESS = re.compile(
+    r"(attn|attention)\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$"
+)
 
 
 def open_elsewhere(repo: str, *, revision: str | None) -> Any:
@@ -63,24 +80,26 @@ def open_network(folder: Path, *, dtype: torch.dtype, device: str | torch.device
         pickled: Read pickled weights; otherwise only safetensors.
 
     Raises:
-        ModelError: If weights are missing, which transformers would fill with random numbers, or do not fit.
+        ModelError: If weights are missing, which transformers would fill with random numbers, are left over, or do not
+            fit; or the tokenizer is of no use.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not tokenizer.encode("a"):
-        # transformers makes an empty GPT-2 tokenizer of a folder that has none.
-        raise ModelError(f"model {str(folder)!r} has no tokenizer; put its tokenizer.json beside the weights.")
+    # transformers makes an empty tokenizer of a folder that has none.
+    check_tokenizer(tokenizer, str(folder))
     # Reading a folder is short: its bar would only stand in the way of the answer.
-    silence = logging.is_progress_bar_enabled()
+    silence, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     if silence:
         logging.disable_progress_bar()
+    # Its table of weights that do not fit, in many lines: one sentence of ours says it.
+    logging.set_verbosity_error()
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=_settled(AutoConfig.from_pretrained(folder, trust_remote_code=False)),
             dtype=dtype,
-            # Fused attention kernels do not return attention weights; "eager" does.
             attn_implementation="eager",
             use_safetensors=not pickled,
             output_loading_info=True,
@@ -88,14 +107,10 @@ def open_network(folder: Path, *, dtype: torch.dtype, device: str | torch.device
             **_placement(device),
         )
     finally:
+        logging.set_verbosity(level)
         if silence:
             logging.enable_progress_bar()
-    if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise ModelError(
-            f"model {str(folder)!r} lacks {len(names)} weights, such as {names[0]}; download it again or train it "
-            "whole."
-        )
+    _check_keys(report, str(folder))
     on_disk = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if on_disk:
         raise ModelError(
@@ -104,6 +119,29 @@ def open_network(folder: Path, *, dtype: torch.dtype, device: str | torch.device
         )
     module.requires_grad_(requires_grad=False)
     return wrap(module if device in SPREAD else module.to(device), tokenizer)
+
+
+def _settled(config: Any) -> Any:
+    """Return a config, and those inside of it, with what modules return and compute settled."""
+    for own in (config, *(getattr(config, name) for name in config.sub_configs)):
+        for setting, value in _SETTLED.items():
+            setattr(own, setting, value)
+    return config
+
+
+def _check_keys(report: Mapping[str, Collection[str]], where: str) -> None:
+    """Complain of weights that the config asks for and the files lack, and of those that it does not ask for."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {where!r} lacks {len(missing)} weights, such as {missing[0]}; download it again or train it whole."
+        )
+    left = sorted(each for each in report["unexpected_keys"] if not _HARMLESS.search(each))
+    if left:
+        raise ModelError(
+            f"model {where!r} has {len(left)} weights that its config.json has no use for, such as {left[0]}: it would "
+            "be another model without them; use the config that they were saved with."
+        )
 
 
 def wrap(module: Any, tokenizer: Any) -> Any:

@@ -4,21 +4,42 @@ from __future__ import annotations
 
 import copyreg
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cached_property
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.errors import BadInputError, ModelError
 from attribution.models.model import Model
 
 T = TypeVar("T")
 
-__all__ = ["run", "run_where_weights_are"]
+__all__ = ["TURN", "hooked", "run", "run_where_weights_are"]
+
+TURN = RLock()
+"""Held while a model runs, or while its modules are changed: threads take turns.
+
+nnsight keeps part of what a trace knows for the whole process, and a hook acts on whatever runs through its module.
+"""
+
+
+@contextmanager
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[[Any, tuple[Any, ...]], Any]]]) -> Iterator[None]:
+    """Have functions change what enters modules, until the block ends.
+
+    Args:
+        hooks: Modules, each with a forward pre-hook.
+    """
+    with TURN, ExitStack() as ends:
+        for module, hook in hooks:
+            ends.callback(module.register_forward_pre_hook(hook).remove)
+        yield
 
 
 def run_where_weights_are(model: Model, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
@@ -47,7 +68,7 @@ def run_where_weights_are(model: Model, work: Callable[..., T], *arguments: Any,
     _make_portable()
     here = model.where_weights_are
     try:
-        with model.network.session(remote=model.remote):
+        with TURN, model.network.session(remote=model.remote):
             packed = nnsight.save(_packed(work(here, *arguments, **options)))
     except RemoteError as error:
         reason = " ".join(str(error).split())
@@ -67,6 +88,8 @@ def _make_portable() -> None:
 
     nnsight.register(__name__.partition(".")[0])
     # Before Python 3.12 it holds a lock, which cannot be sent.
+    # Each side has a lock of its own.
+    copyreg.pickle(type(TURN), lambda _: (RLock, ()))
     copyreg.pickle(cached_property, lambda each: (_cached_property, (each.func, each.attrname)))
 
 
@@ -138,7 +161,7 @@ def run(
         )
     network = model.network
     saved: dict[str, Any] = {}
-    with network.trace(dict(inputs)) as tracer:
+    with TURN, network.trace(dict(inputs)) as tracer:
         saved = nnsight.save({})
         visit(network, saved)
         if not whole:

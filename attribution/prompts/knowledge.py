@@ -53,6 +53,7 @@ class Prompt:
         relation: The relation within the category, such as ``country_capital``; empty where a fact has but a name.
         subject: What the fact is about, as written in the file; empty where the prompt is the fact.
         phrasing: Position of the phrasing in its relation, from 0.
+        joined: Whether the answer continues the last word of the text, with no space between them.
     """
 
     text: str
@@ -61,6 +62,16 @@ class Prompt:
     relation: str = ""
     subject: str = ""
     phrasing: int = 0
+    joined: bool = False
+
+    def answered(self, word: str) -> Prompt:
+        """Return the same text with a word as its answer, which follows as this prompt's own does."""
+        return replace(self, answer=word if self.joined else f" {word}")
+
+    @property
+    def word(self) -> str:
+        """The answer without its leading space."""
+        return self.answer.removeprefix(" ")
 
     @property
     def fact(self) -> str:
@@ -81,6 +92,7 @@ class Fact:
         answer: The answer, without leading space.
         phrasings: The texts, in which ``{subject}`` and ``{Subject}`` stand for the subject.
         literal: Whether they are prompts as they stand, whose braces stand for nothing.
+        joined: Whether the answer continues their last words, with no space between.
     """
 
     category: str
@@ -89,6 +101,7 @@ class Fact:
     answer: str
     phrasings: tuple[str, ...]
     literal: bool = False
+    joined: bool = False
 
     def prompts(self) -> Iterator[Prompt]:
         """Yield one :class:`Prompt` per phrasing."""
@@ -97,7 +110,8 @@ class Fact:
             text = phrasing
             if not self.literal:
                 text = text.replace("{subject}", self.subject).replace("{Subject}", capitalised)
-            yield Prompt(text, " " + self.answer, self.category, self.relation, self.subject, number)
+            own = Prompt(text, "", self.category, self.relation, self.subject, number, self.joined)
+            yield own.answered(self.answer)
 
 
 @dataclass(frozen=True)

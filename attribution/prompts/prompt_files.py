@@ -13,9 +13,10 @@ The same prompt in each of them::
     fact = "France"
 
 ``category`` and ``fact`` may be left out. ``fact`` names what several phrasings ask; a prompt without it is a fact of
-its own. The words of a category, which are the rivals in the selection rule, are all its answers, unless the file
-lists them: in TOML as ``capital = ["Paris", "Rome"]`` under ``[words]``, in JSONL as a line
-``{"category": "capital", "words": ["Paris", "Rome"]}``.
+its own. An answer follows after one space; where ``joined`` is true it follows at once, as the last digit of a year
+does, or a word of a language without spaces. The words of a category, which are the rivals in the selection rule, are
+all its answers, unless the file lists them: in TOML as ``capital = ["Paris", "Rome"]`` under ``[words]``, in JSONL as a
+line ``{"category": "capital", "words": ["Paris", "Rome"]}``.
 
 Unlike in the bundled files, texts are taken as they are: braces stand for nothing, and a prompt may hold its answer.
 Nothing here needs a model or torch.
@@ -46,7 +47,9 @@ __all__ = ["OWN", "load_prompts", "write_prompts"]
 OWN = "own"
 """The category of prompts that name none."""
 
-_KEYS = ("prompt", "answer", "category", "fact")
+_TEXTS = ("prompt", "answer", "category", "fact")
+_KEYS = (*_TEXTS, "joined")
+_FLAGS = {"": False, "false": False, "true": True}
 _WORDS_KEYS = {"category", "words"}
 
 
@@ -128,7 +131,9 @@ def write_prompts(path: Path, prompts: Sequence[Prompt], words: Mapping[str, Seq
         {"category": category, "words": list(each)} for category, each in words.items() if category in used
     ]
     for prompt in prompts:
-        row: dict[str, object] = {"prompt": prompt.text, "answer": prompt.answer[1:], "category": prompt.category}
+        row: dict[str, object] = {"prompt": prompt.text, "answer": prompt.word, "category": prompt.category}
+        if prompt.joined:
+            row["joined"] = True
         if prompt.subject:
             row["fact"] = _named(prompt)
         rows.append(row)
@@ -161,7 +166,7 @@ def _read_csv(source: Source, text: str) -> _Contents:
                 header = [field.strip() for field in fields]
                 if not {"prompt", "answer"} <= set(header) <= set(_KEYS) or len(set(header)) < len(header):
                     problem = (
-                        f"header {','.join(header)!r} must be prompt,answer and perhaps category,fact; add or mend it."
+                        f"header {','.join(header)!r} must be prompt,answer and perhaps category,fact,joined; mend it."
                     )
                     return _Contents([], [], [source.problem(start, problem)])
             elif len(fields) != len(header):
@@ -240,7 +245,13 @@ _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".toml": _read_toml}
 def _check_row(source: Source, row: _Row) -> Iterator[str]:
     for key in sorted(row.values.keys() - set(_KEYS)):
         yield source.problem(row.line, f"unknown key {key!r}; use {', '.join(_KEYS)}.")
-    values = {key: row.values.get(key) for key in _KEYS}
+    values = {key: row.values.get(key) for key in _TEXTS}
+    if _joined(row) is None:
+        yield source.problem(row.line, f"joined {_short(row.values['joined'])} is no truth; use true or false.")
+    elif _joined(row) and str(values["answer"]).startswith(" "):
+        yield source.problem(
+            row.line, f"answer {values['answer']!r} is joined and begins with a space; leave out one of the two."
+        )
     for key in ("category", "fact"):
         # As in CSV, where every row has every field.
         values[key] = "" if values[key] is None else values[key]
@@ -317,23 +328,32 @@ def _check_together(source: Source, contents: _Contents) -> Iterator[str]:
             yield source.problem(row.line, f"category {category!r} has words and no prompt; add one or leave it out.")
 
 
+def _joined(row: _Row) -> bool | None:
+    """Return whether a row's answer goes on with the prompt's last word; ``None`` if it says neither."""
+    given = row.values.get("joined")
+    if isinstance(given, bool):
+        return given
+    return _FLAGS.get(str(given or "").strip().lower())
+
+
 def _values(row: _Row) -> tuple[str, str, str, str]:
     """Return prompt, answer without leading space, category, and the fact's name or nothing, of a checked row."""
-    text, answer, category, fact = (row.values.get(key) or "" for key in _KEYS)
+    text, answer, category, fact = (row.values.get(key) or "" for key in _TEXTS)
     return text, answer.lstrip(" "), category or OWN, fact
 
 
 def _knowledge_of(contents: _Contents) -> Knowledge:
     given = {row.values["category"] or OWN: tuple(row.values["words"]) for row in contents.words}
     answers: dict[str, dict[str, None]] = {}
-    texts: dict[tuple[str, str, str, str], list[str]] = {}
+    texts: dict[tuple[str, str, str, str, bool], list[str]] = {}
     for row in contents.prompts:
         text, answer, category, fact = _values(row)
         answers.setdefault(category, {})[answer] = None
-        texts.setdefault((category, answer, fact, "" if fact else text), []).append(text)
+        key = category, answer, fact, "" if fact else text, bool(_joined(row))
+        texts.setdefault(key, []).append(text)
     facts = tuple(
-        Fact(category, "", fact, answer, tuple(phrasings), literal=True)
-        for (category, answer, fact, _), phrasings in texts.items()
+        Fact(category, "", fact, answer, tuple(phrasings), literal=True, joined=joined)
+        for (category, answer, fact, _, joined), phrasings in texts.items()
     )
     words = {category: given.get(category, tuple(each)) for category, each in answers.items()}
     return Knowledge(facts, words, bundled=False)

@@ -6,16 +6,26 @@ with absolute position embeddings (GPT-2) without any error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from attribution.errors import BadInputError
+from attribution.models.tokenizer import tokens_of
 
-__all__ = ["TokenBatch", "answer_token", "answer_tokens", "chunk_by_length", "encode", "pad"]
+__all__ = [
+    "TokenBatch",
+    "UnknownWordWarning",
+    "answer_tokens",
+    "chunk_by_length",
+    "encode",
+    "pad",
+]
 
 
 @dataclass(frozen=True)
@@ -41,31 +51,83 @@ class TokenBatch:
         return TokenBatch(self.ids[rows], self.mask[rows], self.last[rows])
 
 
-def encode(tokenizer: Any, text: str, *, context: int | None) -> list[int]:
+def encode(tokenizer: Any, text: str, *, context: int | None, vocabulary: int) -> list[int]:
     """Return the token ids of a prompt, with the special tokens that the tokenizer puts first.
 
+    Args:
+        tokenizer: A tokenizer of transformers.
+        text: The prompt.
+        context: Tokens that the model's context holds; ``None`` if it is not limited.
+        vocabulary: Tokens that the model has an embedding of.
+
     Raises:
-        BadInputError: If the prompt is no string, is empty, or is longer than ``context`` tokens, if limited.
+        BadInputError: If the prompt is no string, is empty, is longer than the context, or holds a
+            token that the model has no embedding of.
     """
     if not isinstance(text, str):
         raise BadInputError(f"prompt {text!r} is a {type(text).__name__}, not a string; pass the text itself.")
     if not text.strip():
         raise BadInputError(f"prompt {text!r} is empty; give at least one word before the answer.")
-    ids: list[int] = tokenizer.encode(text)
+    ids = tokens_of(tokenizer, text)
     if context is not None and len(ids) > context:
         raise BadInputError(
             f"prompt {text[:40]!r}... has {len(ids)} tokens, but the model's context holds {context}; shorten it."
         )
+    _check_embedded(tokenizer, ids, vocabulary, f"prompt {text[:40]!r}")
+    unknown = _unknown(tokenizer, ids, text)
+    if unknown and tokenizer not in _warned_of:
+        _warned_of.add(tokenizer)
+        warnings.warn(
+            f"prompt {text[:40]!r} has words that the tokenizer does not know ({', '.join(map(repr, unknown))}): the "
+            f"model reads {tokenizer.unk_token!r} in their place, here and in other prompts, of which there is no "
+            "further warning",
+            UnknownWordWarning,
+            stacklevel=2,
+        )
     return ids
 
 
-def answer_tokens(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+class UnknownWordWarning(UserWarning):
+    """A prompt has words that the model's tokenizer does not know."""
+
+
+# Tokenizers whose unknown words a warning has named: thousands of prompts may have some.
+_warned_of: WeakSet[Any] = WeakSet()
+
+
+def _check_embedded(tokenizer: Any, ids: Sequence[int], vocabulary: int, what: str) -> None:
+    beyond = next((token for token in ids if not 0 <= token < vocabulary), None)
+    if beyond is not None:
+        raise BadInputError(
+            f"{what} has the token {tokenizer.decode([beyond])!r} ({beyond}), of which the model has no embedding (it "
+            f"has {vocabulary:,}); leave it out, or use the tokenizer that the model was trained with."
+        )
+
+
+def _unknown(tokenizer: Any, ids: Sequence[int], text: str) -> list[str]:
+    """Return the words of a text that the tokenizer has no tokens for; none where it spells its unknown token out."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown not in ids or tokenizer.unk_token in text:
+        return []
+    words = [word for word in text.split() if unknown in tokenizer.encode(word, add_special_tokens=False)]
+    return words or [text]
+
+
+def answer_tokens(tokenizer: Any, prompt: str, answer: str, *, vocabulary: int, joined: bool = False) -> list[int]:
     """Return the token ids of an answer as it continues the prompt, at least one.
 
     The answer is tokenised in place, so that byte-level and metaspace tokenizers need no cases of their own.
 
+    Args:
+        tokenizer: A tokenizer of transformers.
+        prompt: The prompt.
+        answer: The answer.
+        vocabulary: Tokens that the model has an embedding of.
+        joined: Whether an answer without a leading space is meant to continue the prompt's last word.
+
     Raises:
-        BadInputError: If the answer is not a string, is empty, or merges with the prompt.
+        BadInputError: If the answer is not a string, is empty, merges with the prompt, or seems to have lost its
+            leading space; or has a token that the tokenizer does not know or the model has no embedding of.
     """
     if not isinstance(answer, str):
         raise BadInputError(f"answer {answer!r} is a {type(answer).__name__}, not a string; pass one word.")
@@ -76,38 +138,35 @@ def answer_tokens(tokenizer: Any, prompt: str, answer: str) -> list[int]:
             f"prompt {prompt!r} ends in a space before answer {answer!r}; end the prompt with its last word and begin "
             "the answer with the space."
         )
-    if answer[0].isalnum() and prompt[-1:].isalnum():
+    before = tokens_of(tokenizer, prompt)
+
+    def continued(by: str) -> list[int]:
+        after = tokens_of(tokenizer, prompt + by)
+        return after[len(before) :] if after[: len(before)] == before else []
+
+    if not joined and _has_case(prompt[-1:]) and _has_case(answer[0]) and len(continued(f" {answer}")) == 1:
         raise BadInputError(
             f"answer {answer!r} would join the last word of prompt {prompt!r}; give it a leading space (did you mean "
-            f"{' ' + answer!r}?)."
+            f"{' ' + answer!r}?), or, if it is to go on with that word, say that it is joined."
         )
-    before: list[int] = tokenizer.encode(prompt)
-    after: list[int] = tokenizer.encode(prompt + answer)
-    # Some tokenizers end a text with a special token, which the continuation would come before.
-    while before and before[-1] in tokenizer.all_special_ids and before[-1] == after[-1]:
-        before, after = before[:-1], after[:-1]
-    pieces = after[len(before) :]
-    if after[: len(before)] != before or not pieces:
+    pieces = continued(answer)
+    if not pieces:
         raise BadInputError(
             f"answer {answer!r} merges with the end of prompt {prompt!r}; begin the answer with a space, or choose "
             "another."
         )
+    _check_embedded(tokenizer, pieces, vocabulary, f"answer {answer!r}")
+    if _unknown(tokenizer, pieces, answer):
+        raise BadInputError(
+            f"answer {answer!r} is not in the model's vocabulary: its tokenizer makes {tokenizer.unk_token!r} of it, "
+            "as of any word that it does not know; choose another."
+        )
     return pieces
 
 
-def answer_token(tokenizer: Any, prompt: str, answer: str) -> int:
-    """Return the token id of an answer as it continues the prompt.
-
-    Raises:
-        BadInputError: If the answer is not a string, is empty, is several tokens, or merges with the prompt.
-    """
-    pieces = answer_tokens(tokenizer, prompt, answer)
-    if len(pieces) > 1:
-        names = ", ".join(repr(tokenizer.decode([piece])) for piece in pieces)
-        raise BadInputError(
-            f"answer {answer!r} is {len(pieces)} tokens ({names}) where exactly one is needed; choose an answer of one."
-        )
-    return pieces[0]
+def _has_case(character: str) -> bool:
+    """Whether a character is a letter of a script that puts spaces between words, as those with capitals do."""
+    return character.lower() != character.upper()
 
 
 def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> TokenBatch:
@@ -120,12 +179,19 @@ def pad(rows: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") ->
     return TokenBatch(ids.to(device), mask.to(device), (lengths - 1).to(device))
 
 
-def chunk_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yield row numbers in chunks of similar length, each at most ``max_tokens`` after padding."""
+def chunk_by_length(lengths: Sequence[int], max_tokens: int, *, breaks: Collection[int] = ()) -> Iterator[list[int]]:
+    """Yield row numbers in chunks of similar length, each at most ``max_tokens`` after padding.
+
+    Args:
+        lengths: Tokens of each row.
+        max_tokens: Tokens in one chunk.
+        breaks: Lengths up to which rows must not be in one chunk with longer ones.
+    """
     chunk: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
         # Rows come in rising length, so the new row sets the padded width.
-        if chunk and (len(chunk) + 1) * lengths[row] > max_tokens:
+        apart = chunk and any(lengths[chunk[-1]] <= each < lengths[row] for each in breaks)
+        if chunk and (apart or (len(chunk) + 1) * lengths[row] > max_tokens):
             yield chunk
             chunk = []
         chunk.append(row)

@@ -49,7 +49,7 @@ KNOWLEDGE = Knowledge(
 
 
 def _logits(model: at.Model, text: str = "The capital of France is") -> torch.Tensor:
-    ((_, batch),) = batches_of(model, [question_of(model, text, " Paris")])
+    ((_, batch),) = batches_of(model, [question_of(model, at.Prompt(text, " Paris"))])
     return rerun(model, batch)[0]
 
 

@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM
 import attribution as at
 from attribution.engine.ablation import Donors, reference_of
 from attribution.engine.masks import AblationKind, ablation_masks
+from attribution.engine.questions import ids_of
 from attribution.engine.trace import Edits, rerun
 from attribution.engine.vectors import vector_table
 from attribution.errors import BadInputError
 from attribution.experiments.edited_copies import zeroed_parameters
 from attribution.models.anatomy import resolve
-from attribution.prompts.tokens import encode, pad
+from attribution.prompts.tokens import pad
 
 PROMPT = "The capital of France is"
 # As long as the prompt, and ending in the same token.
@@ -75,7 +76,7 @@ def _assert_differ(model: at.Model, logits: Tensor, other: Tensor) -> None:
 
 
 def _ids(model: at.Model, text: str) -> list[int]:
-    return encode(model.tokenizer, text, context=None)
+    return ids_of(model, text)
 
 
 def _rows_of(module: nn.Module) -> Tensor:

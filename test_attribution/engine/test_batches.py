@@ -5,8 +5,9 @@ from __future__ import annotations
 import mmap
 import platform
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -97,6 +98,7 @@ def test_every_item_is_worked_on_once_in_batches_that_fit(lengths: list[int], to
         batch_tokens: int
         name: str = "small"
         remote: bool = False
+        anatomy: Any = field(default_factory=lambda: SimpleNamespace(breaks=()))
 
         def with_batch_tokens(self, tokens: int) -> Any:
             return replace(self, batch_tokens=tokens)

@@ -66,7 +66,7 @@ def test_certified_top_k_is_that_of_scoring_all_in_every_dtype(
 ) -> None:
     """The bound's margin follows the precision it is computed in, not that of the weights."""
     model, scorer = in_dtype(name, dtype), method_named(method, "ffn")
-    questions = [question_of(model, prompt.text, prompt.answer) for prompt in PROMPTS[:3]]
+    questions = [question_of(model, prompt) for prompt in PROMPTS[:3]]
     ((_, batch),) = batches_of(model, questions)
     for candidates in all_candidates(model, questions, batch, {"ffn": [scorer]}, seed=0, steps=1):
         found, every = top_k(candidates["ffn"], scorer, K), top_k(candidates["ffn"], scorer, None)

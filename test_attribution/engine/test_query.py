@@ -340,7 +340,9 @@ class Traced:
 def _traced(model: at.Model, prompt: str = PROMPT) -> Traced:
     """The prompt is traced beside a longer or shorter one, so that padding takes part."""
     answers = {PROMPT: ANSWER, OTHER: OTHER_ANSWER}
-    questions = [question_of(model, text, answers.pop(text)) for text in (prompt, *(set(answers) - {prompt}))]
+    questions = [
+        question_of(model, at.Prompt(text, answers.pop(text))) for text in (prompt, *(set(answers) - {prompt}))
+    ]
     activations = read_activations(model, pad([question.ids for question in questions]), positions="all")
     length = len(questions[0].ids)
     return Traced(model, activations, components_of(activations, 0, length), length)

@@ -11,17 +11,18 @@ from torch import Tensor
 import attribution as at
 from attribution.engine.methods import METHODS
 from attribution.engine.projection import before_softmax, frozen_scale
+from attribution.engine.questions import ids_of
 from attribution.engine.ranking import scores_of
 from attribution.engine.trace import Activations, read_activations
 from attribution.errors import BadInputError
-from attribution.prompts.tokens import encode, pad
+from attribution.prompts.tokens import pad
 from attribution.records import UNITS
 
 PROMPT, ANSWER = "The capital of France is", " Paris"
 
 
 def _traced(model: at.Model) -> Activations:
-    return read_activations(model, pad([encode(model.tokenizer, PROMPT, context=model.anatomy.context)]))
+    return read_activations(model, pad([ids_of(model, PROMPT)]))
 
 
 def _log_probs(state: Tensor, activations: Activations, model: at.Model) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import attribution as at
 from attribution.engine.ablation import ablated_logits
-from attribution.engine.questions import question_of
+from attribution.engine.questions import ids_of, question_of
 from attribution.engine.trace import Activations, read_activations, rerun, run_plainly
-from attribution.prompts.tokens import encode, pad
+from attribution.prompts.tokens import pad
 
 # Three lengths, not in order of length.
 QUESTIONS = (
@@ -27,7 +27,7 @@ CLOSE = {"atol": 5e-5, "rtol": 1e-5}
 
 
 def _activations(model: at.Model, prompts: list[str], positions: Any) -> Activations:
-    rows = [encode(model.tokenizer, prompt, context=model.anatomy.context) for prompt in prompts]
+    rows = [ids_of(model, prompt) for prompt in prompts]
     return read_activations(model, pad(rows), positions=positions)
 
 
@@ -157,7 +157,7 @@ def test_ablated_logits_of_a_batch_equal_those_of_single_prompts(model: at.Model
 
 def test_reruns_from_the_first_edited_layer_give_what_whole_ones_do(representative_model: at.Model) -> None:
     model = representative_model
-    questions = [question_of(model, prompt, answer) for prompt, answer in QUESTIONS]
+    questions = [question_of(model, at.Prompt(prompt, answer)) for prompt, answer in QUESTIONS]
     plain = run_plainly(model, pad([question.ids for question in questions]))
     # Rows of another order, number and width than the plain run's.
     rows = torch.tensor([1, 0, 1])

@@ -19,6 +19,7 @@ from attribution.claims.sample import Sample
 from attribution.engine.decomposition import decomposition_errors, rounding
 from attribution.engine.methods import METHODS
 from attribution.engine.projection import before_softmax
+from attribution.engine.questions import ids_of
 from attribution.engine.subkeys import folded_subkeys
 from attribution.engine.trace import Activations, read_activations
 from attribution.engine.vectors import vector_table
@@ -35,7 +36,7 @@ from attribution.experiments.planting import (
 from attribution.models.anatomy import Anatomy
 from attribution.models.norms import Norm, normalise
 from attribution.prompts.knowledge import Fact, Knowledge
-from attribution.prompts.tokens import TokenBatch, encode, pad
+from attribution.prompts.tokens import TokenBatch, pad
 from attribution.records import Neuron
 
 # Tests are not a package, so this folder is on the path only while its module is imported.
@@ -53,7 +54,7 @@ ASKED = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
 
 
 def _batch(model: at.Model) -> TokenBatch:
-    return pad([encode(model.tokenizer, prompt, context=model.anatomy.context) for prompt in PROMPTS])
+    return pad([ids_of(model, prompt) for prompt in PROMPTS])
 
 
 def _read(model: at.Model) -> Activations:

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from attribution.engine.decomposition import IDENTITIES, decomposition_errors, rounding, worst
+from attribution.engine.questions import ids_of
 from attribution.engine.trace import Activations, read_activations
 from attribution.models.anatomy import Anatomy
 from attribution.models.model import Model
-from attribution.prompts.tokens import TokenBatch, encode, pad
+from attribution.prompts.tokens import TokenBatch, pad
 
 PROMPTS = ("The capital of France is", "A ripe cherry")
 
 
 def _trace(model: Model) -> tuple[Model, Activations, TokenBatch]:
-    batch = pad([encode(model.tokenizer, prompt, context=model.anatomy.context) for prompt in PROMPTS])
+    batch = pad([ids_of(model, prompt) for prompt in PROMPTS])
     return model, read_activations(model, batch, positions="all"), batch
 
 

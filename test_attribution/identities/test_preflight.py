@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Regex, normalizers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -85,6 +86,21 @@ def _beginning(*, said: bool, done: bool) -> Fault:
         return replace(model, tokenizer=tokenizer, begins=said)
 
     return fault
+
+
+def _normalised(normaliser: Any) -> Fault:
+    """Return a model whose tokenizer changes texts before it reads them."""
+
+    def fault(model: Model, _: pytest.MonkeyPatch) -> Model:
+        tokenizer = copy.deepcopy(model.tokenizer)
+        tokenizer.backend_tokenizer.normalizer = normaliser
+        return replace(model, tokenizer=tokenizer)
+
+    return fault
+
+
+def _ended(tokenizer: Any, text: str) -> list[int]:
+    return [*tokenizer.encode(text), tokenizer.eos_token_id]
 
 
 def _sublayers(kind: str, wrong: Callable[[Sublayer], Sublayer]) -> Fault:
@@ -327,6 +343,15 @@ def _of_the_biases_too(
 
 _NULL = "null_intervention"
 FAULTS: dict[str, tuple[str, Fault, str]] = {
+    # Texts are not what they seem.
+    "all texts are one": ("gpt2", _normalised(normalizers.Replace(Regex(".+"), "a")), "tokens"),
+    "the tokenizer is larger than the model": ("llama", _anatomy(vocabulary=lambda _: 40), "tokens"),
+    "words run together": ("gpt2", _normalised(normalizers.Replace(" ", "")), "continuations"),
+    "a text ends with EOS, and its answer stands behind that": (
+        "llama",
+        _patched("identities.texts.tokens_of", lambda _: _ended),
+        "continuations",
+    ),
     # Texts are not those that the model learned.
     "BOS is forgotten": ("llama", _beginning(said=True, done=False), "beginning"),
     "BOS is not wanted": ("llama", _beginning(said=False, done=True), "beginning"),
@@ -605,7 +630,7 @@ def test_a_prompt_that_is_too_long_is_told_the_context(model: Model) -> None:
 def test_any_tokenizer_gives_prompts_within_the_context(
     model: Model, monkeypatch: pytest.MonkeyPatch, ids: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(model.tokenizer, "encode", lambda _: list(ids))
+    monkeypatch.setattr(checks, "tokens_of", lambda *_: list(ids))
     _passes(model)
 
 

@@ -217,7 +217,7 @@ def test_what_needs_weights_here_says_so_of_a_remote_model(distant: at.Model) ->
     from attribution.engine.batching import batches_of
     from attribution.engine.questions import question_of
 
-    ((_, batch),) = batches_of(distant, [question_of(distant, PROMPTS[0].text, PROMPTS[0].answer)])
+    ((_, batch),) = batches_of(distant, [question_of(distant, PROMPTS[0])])
     with pytest.raises(BadInputError, match="has its weights elsewhere"):
         read_activations(distant, batch)
 

@@ -17,7 +17,12 @@ from attribution.__main__ import main
 from attribution.claims.bench import Workbench
 from attribution.claims.sample import Sample
 from attribution.errors import BadInputError, KnowledgeError
-from attribution.experiments.selection_rule import SelectionOutcome, selection_outcomes, selection_report
+from attribution.experiments.selection_rule import (
+    SelectionOutcome,
+    selection_outcome,
+    selection_outcomes,
+    selection_report,
+)
 from attribution.models.registry import registry
 from attribution.prompts.knowledge import CATEGORIES, Fact, Knowledge, Prompt, load_knowledge
 from attribution.prompts.prompt_files import OWN, load_prompts, write_prompts
@@ -94,6 +99,49 @@ def test_words_of_a_category_may_be_listed(tmp_path: Path) -> None:
     assert load_prompts(path).words == {"capital": ("Oslo", "Paris", "New York")}
 
 
+JOINED = [
+    {"prompt": "The war lasted from 1745 to 17", "answer": "4", "category": "digit", "fact": "", "joined": "true"},
+    {"prompt": "The war lasted from 1755 to 17", "answer": "6", "category": "digit", "fact": "", "joined": "TRUE"},
+    {"prompt": "The sky is", "answer": "blue", "category": "", "fact": "", "joined": "false"},
+    {"prompt": "The grass is", "answer": "green", "category": "", "fact": "", "joined": ""},
+]
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_an_answer_may_join_the_prompt(tmp_path: Path, ending: str) -> None:
+    rows = [dict(row) for row in JOINED]
+    if ending == "csv":
+        path = tmp_path / "own.csv"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path = WRITERS[ending](tmp_path / f"own.{ending}", rows)
+    knowledge = load_prompts(path)
+    assert [prompt.text + prompt.answer for prompt in knowledge.prompts] == [
+        "The war lasted from 1745 to 174",
+        "The war lasted from 1755 to 176",
+        "The sky is blue",
+        "The grass is green",
+    ]
+    assert [prompt.joined for prompt in knowledge.prompts] == [True, True, False, False]
+    write_prompts(tmp_path / "again.jsonl", knowledge.prompts, knowledge.words)
+    assert load_prompts(tmp_path / "again.jsonl").prompts == knowledge.prompts
+
+
+def test_an_answer_that_joins_is_asked_for_beside_rivals_that_join(gpt2: at.Model) -> None:
+    """Behind a space, or behind another word, they would be other tokens."""
+    prompts = [Prompt("The war lasted from 1745 to 17", digit, "digit", joined=True) for digit in "48"]
+    words = {"digit": tuple("123456789")}
+    fates = selection_outcomes(gpt2, prompts, words)
+    logits = at.ablate(gpt2, prompts[0].text, [])
+    rivals = [gpt2.tokenizer.encode(prompts[0].text + digit)[-1] for digit in words["digit"]]
+    for prompt, fate in zip(prompts, fates, strict=True):
+        answer = gpt2.tokenizer.encode(prompt.text + prompt.answer)[-1]
+        assert fate is selection_outcome(logits, answer, rivals)
+
+
 def test_toml_tables_may_stand_in_one_list(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text('prompts = [\n  {prompt = "A", answer = "x"},\n  {prompt = "B", answer = ""},\n]\n')
@@ -156,6 +204,8 @@ BROKEN = {
     "a quote inside quotes": ("csv", GOOD + '"C"d,z,,\n', 4, ["is not CSV", "double"]),
     "after a text of several lines": ("csv", 'prompt,answer\n"A\nA",x\nB,\n', 4, ["has no answer"]),
     "no prompt": ("csv", GOOD + ",z,,\n", 4, ["has no prompt"]),
+    "no truth": ("csv", "prompt,answer,joined\nA,x,perhaps\n", 2, ["joined 'perhaps' is no truth; use true or false"]),
+    "a space that joins": ("jsonl", '{"prompt": "A", "answer": " x", "joined": true}', 1, ["joined and begins with"]),
     "an answer of spaces": ("csv", GOOD + "C,  ,,\n", 4, ["has no answer"]),
     "a space after the prompt": ("csv", GOOD + "C ,z,,\n", 4, ["'C '", "remove"]),
     "a space after the answer": ("csv", GOOD + "C,z ,,\n", 4, ["'z '", "remove"]),

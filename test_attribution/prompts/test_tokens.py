@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 from typing import Any
 
@@ -9,16 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from attribution.errors import BadInputError
-from attribution.prompts.tokens import answer_token, chunk_by_length, encode, pad
+from attribution.prompts.tokens import UnknownWordWarning, answer_tokens, chunk_by_length, encode, pad
 
 PROMPT = "The capital of France is"
+# More tokens than any tokenizer here has.
+ALL = 10**6
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
 def test_llama_prompts_begin_with_the_sentence_token_and_gpt2_prompts_do_not(tokenizer: Any, family: str) -> None:
-    ids = encode(tokenizer, PROMPT, context=32)
+    ids = encode(tokenizer, PROMPT, context=32, vocabulary=ALL)
     words = [tokenizer.convert_ids_to_tokens(token) for token in ids]
     if family == "llama":
         assert words == ["<s>", "▁The", "▁capital", "▁of", "▁France", "▁is"]
@@ -28,47 +33,100 @@ def test_llama_prompts_begin_with_the_sentence_token_and_gpt2_prompts_do_not(tok
 
 def test_a_prompt_as_long_as_the_context_is_allowed_and_one_token_more_is_not(tokenizer: Any) -> None:
     length = len(tokenizer.encode(PROMPT))
-    assert len(encode(tokenizer, PROMPT, context=length)) == length
+    assert len(encode(tokenizer, PROMPT, context=length, vocabulary=ALL)) == length
     with pytest.raises(BadInputError, match=rf"has {length} tokens.* {length - 1}\b.*shorten"):
-        encode(tokenizer, PROMPT, context=length - 1)
+        encode(tokenizer, PROMPT, context=length - 1, vocabulary=ALL)
 
 
 @pytest.mark.parametrize("answer", [" Paris", " Rome", " four", " red"])
 def test_an_answer_is_the_token_that_continues_the_prompt(tokenizer: Any, answer: str) -> None:
-    token = answer_token(tokenizer, PROMPT, answer)
+    (token,) = answer_tokens(tokenizer, PROMPT, answer, vocabulary=ALL)
     assert tokenizer.encode(PROMPT + answer) == [*tokenizer.encode(PROMPT), token]
     assert tokenizer.convert_ids_to_tokens(token)[1:] == answer[1:]
 
 
-def test_a_special_token_at_the_end_of_a_text_is_not_taken_for_the_answer() -> None:
-    class Closing:
-        """Puts ``</s>`` (2) behind every text, as some tokenizers do."""
-
-        all_special_ids = (2,)
-
-        def encode(self, text: str) -> list[int]:
-            return [*(10 + len(word) for word in text.split()), 2]
-
-    assert answer_token(Closing(), PROMPT, " Paris") == 15
-
-
-def test_an_answer_of_several_tokens_is_shown_in_pieces(tokenizer: Any) -> None:
-    with pytest.raises(BadInputError, match=r"answer ' Paris Rome' is 2 tokens \('.*Paris', '.*Rome'\)") as caught:
-        answer_token(tokenizer, PROMPT, " Paris Rome")
-    assert "did you mean" not in str(caught.value)
+def test_an_answer_of_several_tokens_is_all_of_them(tokenizer: Any) -> None:
+    assert len(answer_tokens(tokenizer, PROMPT, " Paris Rome", vocabulary=ALL)) == 2
 
 
 @pytest.mark.parametrize("answer", ["Paris", "Rome"])
 def test_an_answer_without_its_leading_space_gets_the_hint(tokenizer: Any, answer: str) -> None:
     """Even where it is one token: "Paris" after "is" would be the rare continuation "isParis"."""
-    with pytest.raises(BadInputError, match=f"give it a leading space .did you mean ' {answer}'"):
-        answer_token(tokenizer, PROMPT, answer)
+    with pytest.raises(BadInputError, match=f"give it a leading space .did you mean ' {answer}'.*joined"):
+        answer_tokens(tokenizer, PROMPT, answer, vocabulary=ALL)
+
+
+def test_an_answer_that_is_said_to_join_the_prompt_is_taken_at_its_word(tokenizer: Any) -> None:
+    pieces = answer_tokens(tokenizer, PROMPT, "Paris", vocabulary=ALL, joined=True)
+    assert tokenizer.encode(PROMPT + "Paris") == [*tokenizer.encode(PROMPT), *pieces]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("The war lasted from 1745 to 17", "4"), ("东京是日本的首", "都")])
+def test_digits_and_scripts_without_spaces_join_the_prompt(prompt: str, answer: str) -> None:
+    """No space is missing there."""
+    tokenizer = _wordwise(*prompt.split(), "4", *"东京是日本的首都")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_tokens([answer])
+    before = tokenizer.encode(prompt)
+    (token,) = answer_tokens(tokenizer, prompt, answer, vocabulary=ALL)
+    assert tokenizer.encode(prompt + answer) == [*before, token]
 
 
 @pytest.mark.parametrize("answer", ["", " ", "\n"])
 def test_an_empty_answer_is_an_error(tokenizer: Any, answer: str) -> None:
     with pytest.raises(BadInputError, match="is empty; give one word"):
-        answer_token(tokenizer, PROMPT, answer)
+        answer_tokens(tokenizer, PROMPT, answer, vocabulary=ALL)
+
+
+def _wordwise(*words: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that knows a few words and makes <unk> of all others."""
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", *words]))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("template", "first"),
+    [("$A </s>", 0), ("<s> $A </s>", 1), ("<s> <s> $A </s> </s>", 2), ("<s> $A", 1), ("$A", 0)],
+)
+def test_what_a_tokenizer_puts_behind_a_text_is_left_off(template: str, first: int) -> None:
+    tokenizer = _wordwise(*PROMPT.split(), "Paris")
+    plain = tokenizer.encode(PROMPT)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert encode(tokenizer, PROMPT, context=None, vocabulary=ALL) == [1] * first + plain
+    assert answer_tokens(tokenizer, PROMPT, " Paris", vocabulary=ALL) == tokenizer.encode(
+        "Paris", add_special_tokens=False
+    )
+    # What a prompt itself spells out is its own.
+    assert encode(tokenizer, f"{PROMPT} </s>", context=None, vocabulary=ALL) == [1] * first + [*plain, 2]
+
+
+def test_an_answer_that_the_tokenizer_does_not_know_is_an_error() -> None:
+    with pytest.raises(BadInputError, match=r"answer ' Pariss' is not in the model's vocabulary.*'<unk>'"):
+        answer_tokens(_wordwise(*PROMPT.split(), "Paris"), PROMPT, " Pariss", vocabulary=ALL)
+
+
+def test_words_of_a_prompt_that_the_tokenizer_does_not_know_are_warned_of_once() -> None:
+    tokenizer = _wordwise("The", "capital", "of", "is")
+    with pytest.warns(UnknownWordWarning, match="does not know .'France'.*'<unk>'"):
+        encode(tokenizer, PROMPT, context=None, vocabulary=ALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode(tokenizer, "The capital of Italy is", context=None, vocabulary=ALL)
+        # Who writes the token itself means it.
+        encode(_wordwise("The", "capital"), "The <unk> capital", context=None, vocabulary=ALL)
+
+
+def test_a_token_without_an_embedding_is_an_error_that_names_it(tokenizer: Any) -> None:
+    ids = tokenizer.encode(PROMPT)
+    with pytest.raises(BadInputError, match=rf"prompt '{PROMPT}' has the token .* \({max(ids)}\).*no embedding"):
+        encode(tokenizer, PROMPT, context=None, vocabulary=max(ids))
+    (answer,) = answer_tokens(tokenizer, PROMPT, " Paris", vocabulary=ALL)
+    with pytest.raises(BadInputError, match=rf"answer ' Paris' has the token .* \({answer}\)"):
+        answer_tokens(tokenizer, PROMPT, " Paris", vocabulary=answer)
 
 
 def test_padding_is_on_the_right_and_hidden() -> None:

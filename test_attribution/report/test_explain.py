@@ -370,13 +370,34 @@ def test_what_is_wrong_is_one_sentence(arguments: tuple[str, ...], message: str)
 
 
 def test_a_first_prediction_that_is_no_answer_is_named(bundled: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of a word would join the last one of the prompt when it is read again."""
+    """Its text is read as other tokens."""
+    tokenizer = bundled.tokenizer
+    token = next(
+        token
+        for token in range(bundled.anatomy.vocabulary)
+        if tokenizer.encode(PROMPT + tokenizer.decode([token]))[len(tokenizer.encode(PROMPT)) :] != [token]
+    )
+    _predict(token, bundled, monkeypatch)
+    with pytest.raises(at.AttributionError, match=rf"is token {token} \(.*\), .* give the answer to explain"):
+        explain(bundled, PROMPT)
+
+
+def test_a_first_prediction_may_go_on_with_the_prompts_last_word(
+    bundled: at.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = bundled.tokenizer.convert_tokens_to_ids("um")
-    logits = torch.zeros(bundled.anatomy.vocabulary)
+    _predict(token, bundled, monkeypatch)
+    explanation = explain(bundled, PROMPT)
+    assert (explanation.answer, explanation.answer_id) == ("um", token)
+    again = explain(bundled, at.Prompt(PROMPT, "um", joined=True))
+    assert (again.ffn_neurons, again.answer_given) == (explanation.ffn_neurons, True)
+
+
+def _predict(token: int, model: at.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a model predict a token first."""
+    logits = torch.zeros(model.anatomy.vocabulary)
     logits[token] = 1
     monkeypatch.setattr("attribution.experiments.explanation.ablate", lambda *_: logits)
-    with pytest.raises(at.AttributionError, match=rf"is token {token} \('um'\), .* give the answer to explain"):
-        explain(bundled, PROMPT)
 
 
 def test_models_are_listed_without_importing_torch() -> None:

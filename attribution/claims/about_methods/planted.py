@@ -25,7 +25,6 @@ from attribution.engine.queries import query
 from attribution.engine.ranking import Search, attribute, rank_all
 from attribution.experiments.planting import displaced, planted
 from attribution.models.model import Model
-from attribution.prompts.knowledge import Prompt
 from attribution.records import AttentionNeuron, Component, Neuron, Unit
 
 __all__ = [
@@ -93,7 +92,7 @@ class _Ends:
 @measured_once
 def _ends(bench: Workbench, method: str, strengths: tuple[float, ...]) -> _Ends:
     task, planting = task_of(bench), planting_of(bench, "chain")
-    prompts = [Prompt(question.text, question.answer) for question in task.questions] if planting.driven else []
+    prompts = [question.prompt for question in task.questions] if planting.driven else []
     value = np.zeros((len(strengths) + 1, len(prompts)), dtype=bool)
     both = value.copy()
     for number, strength in enumerate((*strengths, 0.0) if prompts else ()):

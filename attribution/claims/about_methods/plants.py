@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attribution.claims.bench import Workbench, measured_once
 from attribution.engine.batching import batches_of
-from attribution.engine.questions import Question, question_of
+from attribution.engine.questions import Question, is_askable, question_of
 from attribution.engine.subkeys import folded_subkeys
 from attribution.engine.trace import Activations, read_activations
 from attribution.engine.vectors import VectorTable, vector_table
@@ -109,6 +109,13 @@ def task_of(bench: Workbench) -> Task:
     for category in bench.sample.knowledge.words:
         mine = [place for place in asked if bench.prompts[place].category == category]
         answers = list(dict.fromkeys(prompt.answer for prompt in bench.prompts if prompt.category == category))
+        # Where answers join the prompt, which of them are one token depends on it.
+        joined = [bench.prompts[place] for place in mine if bench.prompts[place].joined]
+        answers = [
+            answer
+            for answer in answers
+            if all(is_askable(bench.model, replace(prompt, answer=answer)) for prompt in joined)
+        ]
         if not mine or len(answers) < _SIDES:
             continue
         pair = draw.sample(answers, _SIDES)
@@ -117,9 +124,9 @@ def task_of(bench: Workbench) -> Task:
             # In turn, so that neither word is asked for more often; never the prompt's own answer.
             side = 1 - side if pair[side] == prompt.answer else side
             indices.append(place)
-            questions.append(question_of(bench.model, prompt.text, pair[side]))
+            questions.append(question_of(bench.model, replace(prompt, answer=pair[side])))
             column.append(len(words) + side)
-        words += [question_of(bench.model, bench.prompts[mine[0]].text, word).answer_id for word in pair]
+        words += [question_of(bench.model, replace(bench.prompts[mine[0]], answer=word)).answer_id for word in pair]
     category_of_row, category_of_word = torch.tensor(column) // _SIDES, torch.arange(len(words)) // _SIDES
     fires = (category_of_row[:, None] == category_of_word).double()
     return Task(indices, questions, column, words, fires)

@@ -39,8 +39,8 @@ def _chosen(bench: Workbench, method: str, control: str, k: int) -> list[list[Co
         return [list(sample.lowest[:k]) for sample in single_neurons.samples(bench, method)]
     if control == "weight randomisation":
         return _ranked(randomised(bench.model, bench.seed), bench.sample.questions, method, k, bench.seed)
-    others = {prompt.text: prompt.answer for prompt in bench.sample.swapped}
-    questions = [question_of(bench.model, prompt.text, others[prompt.text]) for prompt in bench.prompts]
+    others = {prompt.text: prompt for prompt in bench.sample.swapped}
+    questions = [question_of(bench.model, others[prompt.text]) for prompt in bench.prompts]
     return _ranked(bench.model, questions, method, k, bench.seed)
 
 

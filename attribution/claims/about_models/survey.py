@@ -17,6 +17,7 @@ from attribution.claims.bench import Workbench, measured_once
 from attribution.engine.queries import QueryRanking, query
 from attribution.engine.questions import question_of
 from attribution.engine.ranking import Ranking
+from attribution.prompts.knowledge import Prompt
 from attribution.records import Component, Head, Layer, Unit
 
 __all__ = ["PER_CATEGORY", "Survey", "depth", "survey", "survey_of"]
@@ -65,7 +66,7 @@ class Survey:
     @cached_property
     def layers_for_other_answers(self) -> npt.NDArray[np.float64]:
         """The same for the answer of another fact of the category, which the prompt does not ask for."""
-        swapped = {prompt.text: prompt.answer for prompt in self.bench.sample.swapped}
+        swapped = {prompt.text: prompt for prompt in self.bench.sample.swapped}
         return self._scores("layer", [swapped[self.bench.prompts[place].text] for place in self.indices])
 
     @cached_property
@@ -73,11 +74,10 @@ class Survey:
         """Importance of each head, in nats, (n, layers * heads)."""
         return self._scores("head")
 
-    def _scores(self, unit: Literal["head", "layer"], answers: list[str] | None = None) -> npt.NDArray[np.float64]:
+    def _scores(self, unit: Literal["head", "layer"], others: list[Prompt] | None = None) -> npt.NDArray[np.float64]:
         questions = [self.bench.sample.questions[place] for place in self.indices]
-        if answers is not None:
-            texts = [self.bench.prompts[place].text for place in self.indices]
-            questions = [question_of(self.bench.model, *each) for each in zip(texts, answers, strict=True)]
+        if others is not None:
+            questions = [question_of(self.bench.model, each) for each in others]
         return self.bench.scores(METHOD, unit, questions)
 
     def records(self, unit: Unit) -> list[Component]:

@@ -29,14 +29,15 @@ from attribution.engine.importance import Candidates
 from attribution.engine.methods import method_named, score_candidates
 from attribution.engine.projection import before_softmax, model_logits
 from attribution.engine.queries import QueryRanking, query
-from attribution.engine.questions import Question, question_of
+from attribution.engine.questions import Question, ids_of, question_of
 from attribution.engine.ranking import Ranking, all_candidates, attribute
 from attribution.engine.subkeys import SubkeyKind, components_of, query_neuron_scores, read_subkeys, shares
 from attribution.engine.trace import Activations, read_activations
 from attribution.errors import BadInputError
 from attribution.models.model import Model
 from attribution.models.norms import frozen_scale, normalise
-from attribution.prompts.tokens import encode, pad
+from attribution.prompts.knowledge import Prompt
+from attribution.prompts.tokens import pad
 from attribution.records import AttentionNeuron, Component, FFNNeuron, Head, HeadPosition, Layer, Neuron, Unit
 
 __all__ = ["Recount", "Vocabulary", "QuerySide"]
@@ -131,7 +132,7 @@ class Recount:
         self.vocabulary = Vocabulary(model, leading_space)
         self.rounding = Rounding.of(model.anatomy)
         answer = text if text[:1].isspace() else f" {text}"
-        self.question: Question = question_of(model, sentence, answer)
+        self.question: Question = question_of(model, Prompt(sentence, answer))
         self._rankings: dict[tuple[Unit, int], Ranking] = {}
         self._query_sides: dict[tuple[tuple[Neuron, ...], SubkeyKind], QuerySide] = {}
         self._squares: dict[tuple[Neuron, ...], Tensor] = {}
@@ -218,7 +219,7 @@ class Recount:
     def attention_weights(self, sentence: str, head: Head) -> Ranked[int]:
         """Return the weights with which the last position of a prompt looks at each position through a head."""
         if sentence not in self._patterns:
-            ids = encode(self.model.tokenizer, sentence, context=self.model.anatomy.context)
+            ids = ids_of(self.model, sentence)
             batch = pad([ids], device=self.model.device)
             self._patterns[sentence] = read_activations(self.model, batch, logits=False).pattern[:, 0].double()
         weights = self._patterns[sentence][head.layer, head.head]

@@ -20,8 +20,8 @@ from attribution.claims.about_notebooks.tolerance import Difference, Ranked, dif
 from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Exact
 from attribution.claims.paper import paper_model
+from attribution.engine.questions import ids_of
 from attribution.errors import BadInputError
-from attribution.prompts.tokens import encode
 from attribution.records import Component, Layer, Neuron, SublayerKind, Unit
 
 __all__ = ["Comparison", "cells_of", "farthest_figure", "figures_about"]
@@ -112,7 +112,7 @@ class Comparison:
     def _attention_weights(self, printed: Figures) -> Iterator[Difference]:
         sentence = printed["sentence"]
         model = self.recount.model
-        ids = encode(model.tokenizer, sentence, context=model.anatomy.context)
+        ids = ids_of(model, sentence)
         yield self._same_tokens("tokens", printed["tokens"], ids)
         half = half_a_unit(printed["decimals"])
         for head, row in printed["heads"].items():

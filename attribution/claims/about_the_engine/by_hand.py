@@ -7,7 +7,7 @@ prompt in a batch may differ by rounding only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from attribution.engine.ranking import attribute
 from attribution.engine.trace import read_activations
 from attribution.models.anatomy import first_tensor, resolve
 from attribution.models.model import Model
+from attribution.models.running import TURN, hooked
 from attribution.prompts.knowledge import Prompt
 from attribution.prompts.tokens import pad
 from attribution.records import AttentionNeuron, Component, FFNNeuron, Head, SublayerKind
@@ -64,8 +65,7 @@ def _sites(model: Model) -> list[_Site]:
     return [(layer, unit) for layer in range(model.anatomy.layers) for unit in units]
 
 
-@contextmanager
-def _entering(model: Model, hooks: Mapping[_Site, _Hook]) -> Iterator[None]:
+def _entering(model: Model, hooks: Mapping[_Site, _Hook]) -> AbstractContextManager[None]:
     """Replace what enters output projections, (position, neurons), in the plain model."""
     family, blocks = model.anatomy.family, model.anatomy.blocks(model.network._module)
 
@@ -73,11 +73,13 @@ def _entering(model: Model, hooks: Mapping[_Site, _Hook]) -> Iterator[None]:
         entered, *others = inputs
         return (hook(entered.reshape(-1, entered.shape[-1])).reshape(entered.shape), *others)
 
-    with ExitStack() as stack:
-        for (layer, unit), hook in hooks.items():
-            projection = resolve(blocks[layer], family.ffn_out if unit == "ffn" else family.attention_out)
-            stack.callback(projection.register_forward_pre_hook(partial(replace, hook=hook)).remove)
-        yield
+    return hooked(
+        (
+            resolve(blocks[layer], family.ffn_out if unit == "ffn" else family.attention_out),
+            partial(replace, hook=hook),
+        )
+        for (layer, unit), hook in hooks.items()
+    )
 
 
 def _log_probs(model: Model, ids: Sequence[int], hooks: Mapping[_Site, _Hook]) -> Tensor:
@@ -219,11 +221,9 @@ def _dropped(model: Model, layer: int | None) -> Iterator[None]:
     if layer is None:
         yield
         return
-    handle = model.anatomy.blocks(model.network._module)[layer].register_forward_hook(detach)
-    try:
+    with TURN, ExitStack() as ends:
+        ends.callback(model.anatomy.blocks(model.network._module)[layer].register_forward_hook(detach).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def _slopes(
