@@ -101,7 +101,7 @@ class Sample:
                 distinct = list(one_token_words(self.model, [*distinct, *words]))[:2]
             for prompt in self.knowledge.prompts:
                 if prompt.category == category:
-                    others = [prompt.answered(word) for word in _following(distinct, prompt.word)]
+                    others = (prompt.answered(word) for word in _following(distinct, prompt.word))
                     # Where answers join the prompt, which of them are one token depends on it.
                     fitting = (each for each in others if not prompt.joined or is_askable(self.model, each))
                     swapped.append(next(fitting, prompt))

@@ -243,10 +243,11 @@ def check_blocks(method: Method, candidates: Candidates) -> None:
     difference = (whole - apart).abs()
     if float(difference.max()) > _SAME * float(whole.abs().max()):
         worst = int(difference.argmax())
+        (record,) = some.records(difference.argmax()[None])
         raise BadInputError(
-            f"method {method.name!r} scores {some.records(torch.tensor([worst]))[0]} {float(whole[worst]):.6g} in a "
-            f"block of {len(some)} candidates and {float(apart[worst]):.6g} in a block of {-(-len(some) // 2)}; make "
-            "every score depend on its own candidate alone, as blocks may be of any size."
+            f"method {method.name!r} scores {record} {float(whole[worst]):.6g} in a block of {len(some)} candidates "
+            f"and {float(apart[worst]):.6g} in a block of {-(-len(some) // 2)}; make every score depend on its own "
+            "candidate alone, as blocks may be of any size."
         )
 
 

@@ -23,6 +23,8 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
         ModelError: If the tokenizer puts special tokens inside a text.
     """
     whole: list[int] = tokenizer.encode(text)
+    if whole == tokenizer.encode(text, add_special_tokens=False):
+        return whole
     _, after = _around(tokenizer)
     end = len(whole) - len(after)
     if whole[end:] != after:
