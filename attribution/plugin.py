@@ -15,6 +15,7 @@ from attribution.pytest_plugin.configuration import (
     pytest_configure,
     pytest_load_initial_conftests,
     pytest_report_header,
+    pytest_sessionfinish,
 )
 from attribution.pytest_plugin.fixtures import (
     _attribution_threads,
@@ -40,6 +41,7 @@ __all__ = [
     "pytest_generate_tests",
     "pytest_load_initial_conftests",
     "pytest_report_header",
+    "pytest_sessionfinish",
     "pytest_xdist_make_scheduler",
     "pytest_xdist_node_collection_finished",
 ]

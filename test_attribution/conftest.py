@@ -231,7 +231,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run what is marked so as well: every injected fault, every page, the wheel in an empty environment, ...",
     )
     parser.addoption(
-        "--folders", type=int, default=60, help="how many troubled folders are tried (test_troubled_folders.py)"
+        "--folders", type=int, help="how many troubled folders are tried; 60 if left out, 200 with --exhaustive"
     )
     parser.addoption(
         "--every-architecture",

@@ -33,7 +33,7 @@ finally:
     sys.path.remove(str(HERE))
 
 FAULTS = {fault.name: fault for fault in catalogue.FAULTS}
-# Without --exhaustive, one fault for the preflight and one for each set of claims that a few prompts decide: all 142
+# Without --exhaustive, one fault for the preflight and one for each set of claims that a few prompts decide: all
 # take minutes.
 _BRIEF = {fault.claims for fault in catalogue.FAULTS if all(family.endswith(inject.EXACT) for family in fault.claims)}
 QUICK = [next(fault.name for fault in catalogue.FAULTS if fault.claims == each) for each in sorted(_BRIEF)]

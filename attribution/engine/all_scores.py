@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,13 +28,16 @@ from attribution.records import NEURON_UNITS
 __all__ = [
     "LARGEST_ERROR",
     "AllScores",
+    "at_each",
     "block_rows",
     "bracket",
     "close_together",
     "descending",
+    "first_vectors_of_each",
     "score",
     "score_all",
     "score_parts",
+    "summed_within",
     "worth_brackets",
 ]
 
@@ -113,52 +117,39 @@ class AllScores:
         self.close((self.errors > error).nonzero()[:, 0])
         return self.values
 
-    def summed_within(self, error: float) -> Tensor:
-        """Return the scores, (n,), no sum of which is further off than an error, float64 rounding aside."""
+    def in_sums(self, error: float) -> Tensor:
+        """Return the candidates to score in float64, so that no sum of scores is further off than an error."""
         rising = self.errors.sort()
-        self.close(rising.indices[rising.values.cumsum(0) > error])
-        return self.values
+        return rising.indices[rising.values.cumsum(0) > error]
 
     def order(self) -> Tensor:
         """Return all candidates, best first, (n,)."""
-        self._decide(self._overlapping)
+        _decide([self], [self._overlapping])
         return descending(self.values, self.tolerance)
 
     def at(self, ranks: Sequence[int]) -> Tensor:
         """Return the candidates at some ranks, counted from 0, (m,)."""
-        self._decide(lambda: self._overlapping_at(ranks))
-        return descending(self.values, self.tolerance)[torch.tensor(ranks, dtype=torch.long, device=self.values.device)]
+        (found,) = at_each([self], [ranks])
+        return found
 
-    def first_vectors(self, numbers: Sequence[int]) -> list[Tensor]:
-        """Return the first vectors of the ranking, as many as each number says, in no order within.
-
-        Several candidates may write one vector, an attention neuron's source positions: the best of them places it.
-
-        Returns:
-            Places among the rows of all sublayers, (number,) each; all of them where there are fewer.
-        """
+    def best_of_vectors(self, scores: Tensor) -> Tensor:
+        """Return the largest score of each vector's candidates, (vectors,): attention neurons of several positions."""
         vectors = self.candidates.vector
-        number = int(vectors.max()) + 1
+        none = torch.full((int(vectors.max()) + 1,), -float("inf"), dtype=scores.dtype, device=scores.device)
+        return none.scatter_reduce(0, vectors, scores, "amax")
 
-        def best(scores: Tensor) -> Tensor:
-            none = torch.full((number,), -float("inf"), dtype=scores.dtype, device=scores.device)
-            return none.scatter_reduce(0, vectors, scores, "amax")
-
-        def undecided() -> Tensor:
-            lower, upper = best(self.values - self.errors), best(self.values + self.errors)
-            order = descending(best(self.values), self.tolerance)
-            at_edge = torch.zeros(number, dtype=torch.bool, device=vectors.device)
-            for each in numbers:
-                inside, outside = order[:each], order[each:]
-                if len(outside) and each:
-                    at_edge[inside] |= lower[inside] <= upper[outside].max() + self.tolerance
-                    at_edge[outside] |= upper[outside] >= lower[inside].min() - self.tolerance
-            # Of a vector's candidates, those that may be its best.
-            return at_edge[vectors] & (self.values + self.errors >= lower[vectors])
-
-        self._decide(undecided)
-        order = descending(best(self.values), self.tolerance)
-        return [order[:each] for each in numbers]
+    def at_edges(self, numbers: Sequence[int]) -> Tensor:
+        """Say of each candidate whether it may be the best of a vector of which the first numbers of them hang."""
+        vectors = self.candidates.vector
+        lower, upper = (self.best_of_vectors(self.values + side * self.errors) for side in (-1, 1))
+        order = descending(self.best_of_vectors(self.values), self.tolerance)
+        at_edge = torch.zeros(len(order), dtype=torch.bool, device=vectors.device)
+        for each in numbers:
+            inside, outside = order[:each], order[each:]
+            if len(outside) and each:
+                at_edge[inside] |= lower[inside] <= upper[outside].max() + self.tolerance
+                at_edge[outside] |= upper[outside] >= lower[inside].min() - self.tolerance
+        return at_edge[vectors] & (self.values + self.errors >= lower[vectors])
 
     def _overlapping(self) -> Tensor:
         """Say of each candidate whether its bracket meets that of one that is ranked before or behind it."""
@@ -171,7 +162,8 @@ class AllScores:
         meets[:-1] |= lower[:-1] <= most + self.tolerance
         return torch.zeros_like(meets).index_copy(0, order, meets)
 
-    def _overlapping_at(self, ranks: Sequence[int]) -> Tensor:
+    def overlapping_at(self, ranks: Sequence[int]) -> Tensor:
+        """Say of each candidate whether its bracket meets that of one at some ranks, or another's if it is there."""
         order = self.values.argsort(descending=True, stable=True)
         lower, upper = self.values - self.errors - self.tolerance, self.values + self.errors + self.tolerance
         places = order[torch.tensor(ranks, dtype=torch.long, device=order.device)].unique()
@@ -187,9 +179,9 @@ class AllScores:
 
     def undecided_at(self, ranks: Sequence[int]) -> Tensor:
         """Return the candidates to score in float64 next, so that those at some ranks can be told; none if they can."""
-        return self._next_open(lambda: self._overlapping_at(ranks))
+        return self.next_open(lambda: self.overlapping_at(ranks))
 
-    def _next_open(self, undecided: Callable[[], Tensor]) -> Tensor:
+    def next_open(self, undecided: Callable[[], Tensor]) -> Tensor:
         """Return those with the widest brackets of what is undecided: without them, most of the others are decided."""
         if not self.errors.any():
             return torch.zeros(0, dtype=torch.long, device=self.values.device)
@@ -197,15 +189,8 @@ class AllScores:
         number = max(_CLOSED_AT_LEAST, len(open_ones) // _CLOSED_SHARE)
         return open_ones[self.errors[open_ones].topk(min(number, len(open_ones))).indices]
 
-    def _decide(self, undecided: Callable[[], Tensor]) -> None:
-        """Score in float64 what is undecided until nothing is."""
-        while len(index := self._next_open(undecided)):
-            self.close(index)
-
     def close(self, index: Tensor) -> None:
         """Score candidates in float64."""
-        if not len(index):
-            return
         close_together([self], [index])
 
 
@@ -216,17 +201,59 @@ def close_together(found: Sequence[AllScores], chosen: Sequence[Tensor]) -> None
         found: Scores that are brackets.
         chosen: Which candidates of each.
     """
-    if not found:
+    asked = [(each, index) for each, index in zip(found, chosen, strict=True) if len(index)]
+    if not asked:
         return
     rising = found[0].method.rising
     assert rising is not None, "no other score has a bracket"
-    parts = [[each.candidates.take(index)] for each, index in zip(found, chosen, strict=True)]
-    for each, index, ((increase, log_prob),) in zip(
-        found, chosen, increases(parts, uniform=rising.uniform), strict=True
-    ):
+    scored = increases([[each.candidates.take(index)] for each, index in asked], uniform=rising.uniform)
+    for (each, index), ((increase, log_prob),) in zip(asked, scored, strict=True):
         each.values[index] = rising.score(increase, log_prob)
         each.errors[index] = 0
         each.closed += len(index)
+
+
+def _decide(found: Sequence[AllScores], undecided: Sequence[Callable[[], Tensor]]) -> None:
+    """Score in float64 what is undecided of several prompts until nothing is, in passes that all of them share.
+
+    Args:
+        found: Scores that are brackets, by one method.
+        undecided: What says of each prompt's candidates whether they are.
+    """
+    left = list(range(len(found)))
+    while left:
+        index = {place: found[place].next_open(undecided[place]) for place in left}
+        left = [place for place in left if len(index[place])]
+        close_together([found[place] for place in left], [index[place] for place in left])
+
+
+def at_each(found: Sequence[AllScores], ranks: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the candidates of each prompt at some ranks of its own, counted from 0, (m,) each."""
+    _decide(found, [partial(each.overlapping_at, own) for each, own in zip(found, ranks, strict=True)])
+    orders = (descending(each.values, each.tolerance) for each in found)
+    return [
+        order[torch.tensor(own, dtype=torch.long, device=order.device)]
+        for order, own in zip(orders, ranks, strict=True)
+    ]
+
+
+def first_vectors_of_each(found: Sequence[AllScores], numbers: Sequence[int]) -> list[list[Tensor]]:
+    """Return the first vectors of each prompt's ranking, as many as each number says, in no order within.
+
+    Several candidates may write one vector, an attention neuron's source positions: the best of them places it.
+
+    Returns:
+        For each prompt, places among the rows of all sublayers, (number,) each; all of them where there are fewer.
+    """
+    _decide(found, [partial(each.at_edges, numbers) for each in found])
+    orders = (descending(each.best_of_vectors(each.values), each.tolerance) for each in found)
+    return [[order[:number] for number in numbers] for order in orders]
+
+
+def summed_within(found: Sequence[AllScores], error: float) -> list[Tensor]:
+    """Return each prompt's scores, (n,), no sum of which is further off than an error, float64 rounding aside."""
+    close_together(found, [each.in_sums(error) for each in found])
+    return [each.values for each in found]
 
 
 def score_all(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attribution.claims.judge import Evidence, Verdict
-from attribution.gate.stored_run import DEFINING, Key, StoredRun, is_finite, key_of, label, some
+from attribution.gate.stored_run import DEFINING, Key, StoredRun, is_finite, is_possible, key_of, label, some
 from attribution.models.fingerprint import ModelFacts
 from attribution.wording import pluralize
 
@@ -111,7 +111,8 @@ def compare(
 
     Worse means, on the mean over prompts: less, where a claim says "above"; farther from zero, where it says "within";
     and above the bound although it was not, where it says "at most". It counts as a regression if the whole interval
-    of the worsening lies above the tolerance. The intervals are bootstrap-t intervals that resample facts, widened so
+    of the worsening lies above the tolerance, and if changes of these sizes with random signs seldom add up to as much
+    (see :func:`_intervals`). The intervals are bootstrap-t intervals that resample facts, widened so
     that those of all claims that changed hold together with 95% (Westfall & Young's max-T): a harmless
     change is red in about 2.5% of cases at most however many claims there are, and claims that rise and fall together
     cost little. Only the 97.5% quantile of a maximum is needed, which 9,999 resamples give; an interval at the level
@@ -152,7 +153,13 @@ def compare(
         if key[0] in comparable and _claims_agree(old[key], new[key], problems)
     ]
     # 4. How much worse each is, with an interval.
-    return Comparison(problems.sentences(), tuple(_changes(pairs, tolerance)))
+    changes = []
+    for change in _changes(pairs, tolerance):
+        if all(map(math.isfinite, (change.worsening, change.low, change.high))):
+            changes.append(change)
+        else:
+            problems.add("has a change whose interval is not finite; find out what broke", key_of(change.after))
+    return Comparison(problems.sentences(), tuple(changes))
 
 
 class _Problems:
@@ -199,6 +206,10 @@ def _claims_agree(before: Verdict, after: Verdict, problems: _Problems) -> bool:
     if not is_finite(after):
         problems.add("has an effect that is NaN or infinite; find out what broke", key)
         return False
+    for verdict, where in ((after, "here"), (before, "in the stored run")):
+        if not is_possible(verdict):
+            problems.add(f"has an effect {where} that no measurement of its kind can have; find out what broke", key)
+            return False
     different = [
         (name.replace("_", " "), getattr(before.claim, name), getattr(after.claim, name))
         for name in DEFINING
@@ -260,6 +271,32 @@ class _Paired:
     worse: npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class _Interval:
+    """What is known of a claim's worsening.
+
+    Attributes:
+        mean: Over prompts.
+        low: Lower end of the interval.
+        high: Upper end.
+        chance_of_worse: How often changes of the same sizes with random signs are as bad, for the worst of all claims.
+        chance_of_better: How often they are as good.
+    """
+
+    mean: float
+    low: float
+    high: float
+    chance_of_worse: float = 0.0
+    chance_of_better: float = 0.0
+
+    def kind(self, tolerance: float) -> Kind:
+        """Return what became of the claim."""
+        least = (1 - CONFIDENCE) / 2
+        if self.low > tolerance and self.chance_of_worse <= least:
+            return "regressed"
+        return "improved" if self.high < -tolerance and self.chance_of_better <= least else "changed"
+
+
 def _changes(pairs: Sequence[tuple[Verdict, Verdict]], tolerance: float) -> Iterator[Change]:
     paired: dict[Key, _Paired] = {}
     for before, after in pairs:
@@ -274,15 +311,15 @@ def _changes(pairs: Sequence[tuple[Verdict, Verdict]], tolerance: float) -> Iter
         elif key_of(after) not in paired:
             yield Change(before, after, "unchanged")
         else:
-            each, (mean, low, high) = paired[key_of(after)], intervals[key_of(after)]
+            each, interval = paired[key_of(after)], intervals[key_of(after)]
             worst = [place for place in np.argsort(-each.worse, kind="stable")[:HURT] if each.worse[place] > 0]
             yield Change(
                 before,
                 after,
-                "regressed" if low > tolerance else "improved" if high < -tolerance else "changed",
-                mean,
-                low,
-                high,
+                interval.kind(tolerance),
+                interval.mean,
+                interval.low,
+                interval.high,
                 tuple((each.prompts[place], float(each.was[place]), float(each.now[place])) for place in worst),
             )
 
@@ -320,8 +357,14 @@ def _in_unit(evidence: Evidence) -> npt.NDArray[np.float64]:
     return np.asarray(effects / np.mean(evidence.baselines))
 
 
-def _intervals(paired: Sequence[_Paired]) -> list[tuple[float, float, float]]:
+def _intervals(paired: Sequence[_Paired]) -> list[_Interval]:
     """Return mean worsening and the ends of its interval for each claim; all intervals hold together.
+
+    Resampling knows of no other facts than those that changed, so where a harmless change moves few of them, and all
+    happen to get worse, the interval is too narrow. A harmless change may as well have moved a fact the other way. So
+    the signs of the facts' changes are drawn anew, alike for all claims, and the chances say how often the sum of some
+    claim's changes, in units of the root of their squares, is as large as this one's. With m facts that changed, all
+    for the worse, that is at least 2^-m: fewer than six of them are never red, however much each of them lost.
 
     With fewer than ten facts there is no interval: both ends are the mean, and every worsening counts.
     """
@@ -330,7 +373,8 @@ def _intervals(paired: Sequence[_Paired]) -> list[tuple[float, float, float]]:
         groups[each.after.model, each.facts].append(number)
     rng = np.random.default_rng(RESAMPLING_SEED)
     most, least = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
-    means, errors = np.zeros(len(paired)), np.zeros(len(paired))
+    means, errors, sums_in_units = np.zeros(len(paired)), np.zeros(len(paired)), np.zeros(len(paired))
+    flipped = np.zeros(RESAMPLES)
     for (_, facts), members in groups.items():
         names, cluster = np.unique(np.asarray(facts, dtype=str), return_inverse=True)
         size = np.bincount(cluster).astype(np.float64)
@@ -343,13 +387,38 @@ def _intervals(paired: Sequence[_Paired]) -> list[tuple[float, float, float]]:
         errors[members] = np.sqrt((spread**2).sum(0)) / size.sum()
         upper, lower = _extremes(spread, size, rng)
         most, least = np.maximum(most, upper), np.minimum(least, lower)
+        root = np.sqrt((sums**2).sum(0))
+        sums_in_units[members] = np.divide(sums.sum(0), root, out=np.zeros_like(root), where=root > 0)
+        flipped = np.maximum(flipped, _flipped(sums / np.where(root > 0, root, 1), rng))
     above = float(np.quantile(most, (1 + CONFIDENCE) / 2, method="higher"))
     below = float(np.quantile(least, (1 - CONFIDENCE) / 2, method="lower"))
     found = []
-    for mean, error in zip(means.tolist(), errors.tolist(), strict=True):
+    for mean, error, total in zip(means.tolist(), errors.tolist(), sums_in_units.tolist(), strict=True):
+        if not total:
+            found.append(_Interval(mean, mean, mean))
+            continue
         # The same worsening of every fact leaves no error, whatever it is multiplied by.
-        found.append((mean, mean - above * error, mean - below * error) if error else (mean, mean, mean))
+        ends = (mean - above * error, mean - below * error) if error else (mean, mean)
+        # Signs of sums are drawn alike for both ends, so one set of largest sums serves both.
+        chances = [(1 + int((flipped >= each - 1e-12).sum())) / (1 + RESAMPLES) for each in (total, -total)]
+        found.append(_Interval(mean, *ends, *chances))
     return found
+
+
+def _flipped(shares: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Return, for each draw of a sign for every fact, the largest sum over the claims.
+
+    Args:
+        shares: Each fact's change as a share of the root of the squares of all, (facts, claims).
+        rng: Where draws come from.
+    """
+    largest = np.empty(RESAMPLES)
+    step = max(1, 2_000_000 // len(shares))
+    for start in range(0, RESAMPLES, step):
+        rows = min(step, RESAMPLES - start)
+        signs = rng.integers(2, size=(rows, len(shares))) * 2.0 - 1
+        largest[start : start + rows] = (signs @ shares).max(1)
+    return largest
 
 
 def _extremes(

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from attribution.claims.judge import Claim, Evidence, Status, Verdict
+from attribution.claims.judge import EXTREMES, Claim, Evidence, Status, Verdict
 from attribution.errors import BadInputError
 from attribution.models.fingerprint import ModelFacts
 
@@ -27,6 +27,7 @@ __all__ = [
     "stored_run_of",
     "dumps",
     "is_finite",
+    "is_possible",
     "key_of",
     "label",
     "loads",
@@ -36,6 +37,11 @@ __all__ = [
 
 FORMAT = 1
 """Raised whenever the file's layout changes; other formats are refused."""
+
+LEAST_LOG_PROB = -1e6
+"""Far below what logits of any model are apart, in nats."""
+# Effects are stored with six digits.
+ROUNDED = 1e-5
 
 # Of the largest effect of a claim: a hundredth of what rounding moves effects of about 1.
 DIGITS = 6
@@ -89,6 +95,21 @@ def is_finite(verdict: Verdict) -> bool:
     if verdict.evidence is not None:
         numbers += [*verdict.evidence.effects, *(verdict.evidence.baselines or ())]
     return all(map(math.isfinite, numbers))
+
+
+def is_possible(verdict: Verdict) -> bool:
+    """Say whether every effect is one that its claim can have.
+
+    Shares and correlations have their limits; whatever else is measured is a difference of log-probabilities, or of
+    what is no larger, and no model in floating point gives a token less than :data:`LEAST_LOG_PROB` nats.
+    """
+    if verdict.evidence is None:
+        return True
+    effects = verdict.evidence.effects
+    if verdict.claim.effect_bounds in ("share", "correlation"):
+        (least, _), (most, _) = EXTREMES[verdict.claim.effect_bounds]
+        return all(least - ROUNDED <= each <= most + ROUNDED for each in effects)
+    return all(abs(each) <= -LEAST_LOG_PROB for each in (*effects, *(verdict.evidence.baselines or ())))
 
 
 def record_of(verdict: Verdict) -> dict[str, Any]:
@@ -222,6 +243,11 @@ def dumps(stored_run: StoredRun) -> str:
             raise BadInputError(
                 f"claim {label(key_of(verdict))} has an effect that is NaN or infinite, which nothing can be compared "
                 "with; find out what broke before storing the run."
+            )
+        if not is_possible(verdict):
+            raise BadInputError(
+                f"claim {label(key_of(verdict))} has an effect that no measurement of its kind can have; find out what "
+                "broke before storing the run."
             )
         record = record_of(verdict)
         if record["prompts"] is not None:

@@ -5,6 +5,7 @@ Plugins of the one process that writes. Workers of a distributed run send what t
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import pytest
 from attribution.errors import AttributionError
 from attribution.pytest_plugin.chosen_models import models_of_the_run
 from attribution.pytest_plugin.outcome import fail_run
-from attribution.pytest_plugin.session import kept_by
+from attribution.pytest_plugin.session import kept_by, origin_of
 from attribution.wording import pluralize
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "ATTEMPT",
     "COMPARE",
     "EXHIBIT",
+    "GATE",
     "LOADED",
     "MEASURED",
     "REPEATS",
@@ -38,6 +40,7 @@ __all__ = [
 
 SAVE, COMPARE = "--attribution-save", "--attribution-compare"
 REPORT = "--attribution-report"
+GATE = "attribution-gate"
 # The word of --attribution-allow for claims that were measured again after their tests failed.
 REPEATS = "repeats"
 
@@ -184,6 +187,7 @@ class Gate:
         # Whatever can be refused now need not wait until all is measured.
         self._name: str = "" if compared is None else stored_run_named(self._folder, compared, models)
         self._stored_run: StoredRun | None = None if compared is None else read(self._folder, self._name)
+        self._terms = [] if self._stored_run is None else self._described(config, path_of(self._folder, self._name))
         if self._save is not None and path_of(self._folder, self._save).exists() and not self._update:
             raise pytest.UsageError(
                 f"stored run {self._save!r} exists; add --attribution-update to replace it, or choose another name."
@@ -192,6 +196,18 @@ class Gate:
         self._broken: list[str] = []
         self._lines: list[str] = []
         self._red: list[str] = []
+
+    def _described(self, config: pytest.Config, path: Path) -> list[str]:
+        """Return what is compared with, and what turns the run red, with where each was said."""
+        assert self._stored_run is not None
+        policy, checksum = self._policy, hashlib.sha256(path.read_bytes()).hexdigest()
+        words = [word for word in ("verdicts", "regressions") if getattr(policy, word)]
+        allowed = f"may differ in {', '.join(policy.allow)}{origin_of(config, 'allow')}; " if policy.allow else ""
+        return [
+            f"compared with {path}, sha256:{checksum[:16]}, of {self._stored_run.made}{origin_of(config, 'compare')}",
+            f"{allowed}red: {' and '.join(words) or 'nothing'}{origin_of(config, 'fail')}, losses beyond "
+            f"{policy.tolerance:g} in the unit of a claim",
+        ]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._recorded.add(report)
@@ -207,8 +223,7 @@ class Gate:
             return
         measured = self._recorded.of(MEASURED)
         facts = {each["record"]["model"]: ModelFacts(**each["facts"]) for each in measured}
-        refused = bool(self._recorded.repeated) and REPEATS not in self._policy.allow
-        if refused:
+        if self._recorded.repeated and REPEATS not in self._policy.allow:
             self._fail(
                 "claims were measured again after they failed",
                 f"{self._recorded.repeated} A claim that is tried until it holds says nothing; run without repeats, or "
@@ -218,7 +233,12 @@ class Gate:
             run = stored_run_of([each["record"] for each in measured], facts)
             if self._stored_run is not None:
                 self._compare(self._stored_run, run)
-            if self._save is not None and not refused:
+            if self._save is not None and self._red:
+                self._lines.append(
+                    f"stored run {self._save!r} was not written: this run is red. To accept what it lost, store it in "
+                    f"a run of its own: {SAVE}={self._save} --attribution-update, without {COMPARE}."
+                )
+            elif self._save is not None:
                 self._write(self._save, run, session)
         except AttributionError as error:
             self._fail("what was measured makes no stored run", str(error))
@@ -234,6 +254,7 @@ class Gate:
         from attribution.report.comparison_text import comparison_lines
 
         comparison = compare(before, run, tolerance=self._policy.tolerance, allow=self._policy.allow)
+        self._lines += self._terms
         self._lines += comparison_lines(comparison, self._name, before, run)
         if comparison.problems:
             self._red.append(f"not comparable with stored run {self._name!r}")

@@ -18,13 +18,15 @@ from attribution.pytest_plugin.chosen_models import (
 from attribution.pytest_plugin.collection import ABOUT_MODELS
 from attribution.pytest_plugin.collectors import (
     COMPARE,
+    GATE,
+    REPORT,
     SAVE,
     Gate,
     Report,
     VerdictTable,
 )
 from attribution.pytest_plugin.hookspecs import PluginHooks
-from attribution.pytest_plugin.options import add_options, spelled_out
+from attribution.pytest_plugin.options import add_options, settle, spelled_out
 from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_worker, keep_terminal
 from attribution.wording import pluralize
 
@@ -34,6 +36,7 @@ __all__ = [
     "pytest_configure",
     "pytest_load_initial_conftests",
     "pytest_report_header",
+    "pytest_sessionfinish",
 ]
 
 CLAIM_MARKERS = {
@@ -80,6 +83,7 @@ def pytest_load_initial_conftests(
 def pytest_configure(config: pytest.Config) -> None:
     """Read what is declared, register markers, and register what gathers verdicts."""
     keep_terminal(config)
+    settle(config.option)
     settings = config.rootpath / "pyproject.toml"
     try:
         config.stash[DECLARED] = declare(settings) if settings.is_file() else []
@@ -109,19 +113,41 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     options = config.option
     if options.attribution_report is not None:
-        config.pluginmanager.register(Report(options.attribution_report), "attribution-report")
-    given = (
-        options.attribution_save,
-        options.attribution_compare,
-        options.attribution_fail,
-        options.attribution_allow,
-        options.attribution_update,
-    )
-    if any(each is not None for each in given):
+        _register(config, Report(options.attribution_report), "attribution-report", REPORT)
+    if _asked_of_the_gate(config):
         try:
-            config.pluginmanager.register(Gate(config), "attribution-gate")
+            _register(config, Gate(config), GATE, ", ".join(_asked_of_the_gate(config)))
         except AttributionError as error:
             raise pytest.UsageError(str(error)) from None
+
+
+def _asked_of_the_gate(config: pytest.Config) -> list[str]:
+    """Return the options of a run that ask something of the gate."""
+    names = ("save", "compare", "fail", "allow", "update")
+    return [f"--attribution-{name}" for name in names if getattr(config.option, f"attribution_{name}") is not None]
+
+
+def _register(config: pytest.Config, plugin: object, name: str, asked: str) -> None:
+    """Register what an option asks for.
+
+    Raises:
+        pytest.UsageError: If it is blocked by its name.
+    """
+    if config.pluginmanager.register(plugin, name) is None:
+        raise pytest.UsageError(
+            f"-p no:{name} blocks what {asked} asks for; leave one of the two out, on the command line, in addopts or "
+            "in PYTEST_ADDOPTS."
+        )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a run fail that was to be compared or stored, and whose gate somebody took away on the way."""
+    config = session.config
+    asked = [] if is_worker(config) or config.option.collectonly else _asked_of_the_gate(config)
+    if asked and not config.pluginmanager.has_plugin(GATE):
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        session.shouldfail = f"attribution gate: {', '.join(asked)} asked for it, and something unregistered it"
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

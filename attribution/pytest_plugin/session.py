@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 import pytest
@@ -59,6 +60,24 @@ def kept_by(process: Any) -> dict[str, dict[str, Any]]:
         return process.stash.setdefault(_KEPT, {})
     found: dict[str, dict[str, Any]] = getattr(process, "workeroutput", {}).get(_SENT, {})
     return found
+
+
+def origin_of(config: pytest.Config, name: str) -> str:
+    """Return in brackets where an option was given: the command line, the environment, or a file of settings."""
+    option = f"--attribution-{name}"
+
+    def says(arguments: Iterable[str]) -> bool:
+        return any(each == option or each.startswith(f"{option}=") for each in arguments)
+
+    value = getattr(config.option, f"attribution_{name}")
+    if value is None:
+        return " (by default)"
+    shown = f"{option}={value}" if value else option
+    if says(map(str, config.invocation_params.args)):
+        return f" ({shown} on the command line)"
+    if says(shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))):
+        return f" ({shown} in PYTEST_ADDOPTS)"
+    return f" ({shown} in {config.inipath.name if config.inipath else 'the settings'})"
 
 
 def is_worker(config: pytest.Config) -> bool:

@@ -21,6 +21,7 @@ from attribution.claims.about_methods.common import METHOD
 from attribution.claims.bench import Workbench
 from attribution.claims.judge import Status, Verdict, decide
 from attribution.claims.sample import Sample
+from attribution.engine.all_scores import first_vectors_of_each
 from attribution.engine.methods import METHODS, Method
 from attribution.engine.metrics import Outcome
 from attribution.experiments.edited_copies import zeroed_parameters
@@ -432,7 +433,10 @@ def test_an_experiment_is_charged_for_its_own_time_alone(bench: Workbench, monke
 
 @pytest.mark.parametrize("unit", ["ffn", "attention"])
 def test_first_vectors_are_those_of_the_whole_ranking_each_once(bench: Workbench, unit: Any) -> None:
-    for row, scores in enumerate(bench.all_scores(METHOD, unit, [0, 1])):
+    every = bench.all_scores(METHOD, unit, [0, 1])
+    vectors = int(every[0].candidates.vector.max()) + 1
+    numbers = [1, 7, 40, vectors - 1, vectors]
+    for row, (scores, firsts) in enumerate(zip(every, first_vectors_of_each(every, numbers), strict=True)):
         whole = _best(bench, row, unit, len(scores.values)).neurons
         if unit == "ffn":
             order = [neuron.layer * 48 + neuron.index for neuron in whole]
@@ -440,8 +444,8 @@ def test_first_vectors_are_those_of_the_whole_ranking_each_once(bench: Workbench
             size = bench.model.anatomy.head_dim
             order = [(neuron.layer * 4 + neuron.head) * size + neuron.dim for neuron in whole]
         distinct = list(dict.fromkeys(order))
-        numbers = [1, 7, 40, len(distinct) - 1, len(distinct)]
-        for number, found in zip(numbers, scores.first_vectors(numbers), strict=True):
+        assert len(distinct) == vectors
+        for number, found in zip(numbers, firsts, strict=True):
             assert set(found.tolist()) == set(distinct[:number])
 
 

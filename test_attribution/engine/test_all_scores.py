@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 import attribution as at
 from attribution.engine import all_scores, vectors
-from attribution.engine.all_scores import AllScores, descending, score_all
+from attribution.engine.all_scores import (
+    AllScores,
+    at_each,
+    descending,
+    first_vectors_of_each,
+    score_all,
+    summed_within,
+)
 from attribution.engine.importance import Candidates, Streams
 from attribution.engine.in_float64 import increases
 from attribution.engine.methods import METHODS, method_named
@@ -104,29 +111,34 @@ def test_brackets_close_as_far_as_asked(error: float, name: str, **drawn: Any) -
         truth = _in_float64(each.candidates, name)
         assert (each.within(error) - truth).abs().max() <= error + each.tolerance
         assert float(other.errors.sum()) == pytest.approx(0) or other.closed < len(truth)
-        total = other.summed_within(error).sum()
+        total = summed_within([other], error)[0].sum()
         assert abs(float(total - truth.sum())) <= error + len(truth) * each.tolerance
 
 
 @given(**PROMPTS)
 def test_orders_and_ranks_are_those_of_float64(name: str, **drawn: Any) -> None:
-    for each, other in zip(_scored(name=name, **drawn), _scored(name=name, **drawn), strict=True):
+    others = _scored(name=name, **drawn)
+    last = len(others[0].values) - 1
+    # Other ranks of every prompt.
+    ranks = [[number, number + 1, 5, last // 2, last] for number in range(len(others))]
+    together = at_each(others, ranks)
+    for each, own, found in zip(_scored(name=name, **drawn), ranks, together, strict=True):
         right = descending(_in_float64(each.candidates, name), each.tolerance)
         assert torch.equal(each.order(), right)
-        ranks = [0, 1, 5, len(right) // 2, len(right) - 1]
-        assert torch.equal(other.at(ranks), right[ranks])
+        assert torch.equal(found, right[own])
 
 
 @given(**PROMPTS)
 def test_the_first_vectors_are_those_that_come_up_first(name: str, **drawn: Any) -> None:
     numbers = [1, 3, ROWS, 2 * ROWS + 5]
-    for each in _scored(name=name, **drawn):
+    every = _scored(name=name, **drawn)
+    for each, firsts in zip(every, first_vectors_of_each(every, numbers), strict=True):
         scores = _in_float64(each.candidates, name)
         best: dict[int, float] = {}
         for vector, score in zip(each.candidates.vector.tolist(), scores.tolist(), strict=True):
             best[vector] = max(score, best.get(vector, -float("inf")))
         order = descending(torch.tensor([best[vector] for vector in sorted(best)], dtype=torch.float64), each.tolerance)
-        for number, found in zip(numbers, each.first_vectors(numbers), strict=True):
+        for number, found in zip(numbers, firsts, strict=True):
             assert set(found.tolist()) == set(order[:number].tolist())
 
 

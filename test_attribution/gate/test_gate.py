@@ -599,6 +599,63 @@ def test_harmless_changes_turn_at_most_5_percent_of_runs_red(
     assert stats.binomtest(red, runs, 0.05, alternative="greater").pvalue > 0.01
 
 
+@pytest.mark.parametrize("claims", [1, 21])
+@pytest.mark.parametrize("changed", [1, 3, 4, 6, 12])
+def test_few_facts_that_change_by_chance_are_seldom_red(
+    changed: int, claims: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 facts, of which a few change by the same amount, up or down, alike in all claims."""
+    monkeypatch.setattr(gate, "RESAMPLES", 999)
+    rng = np.random.default_rng(9)
+    every = [_claim(f"{number:02}") for number in range(claims)]
+    before = _run(*(_measured([0.0] * 300, claim) for claim in every))
+    runs = 120
+    red = 0
+    for _ in range(runs):
+        effects = np.zeros(300)
+        effects[rng.choice(300, changed, replace=False)] = rng.choice([-0.5, 0.5], changed)
+        after = _run(*(_measured(effects.tolist(), claim) for claim in every))
+        red += bool(compare(before, after).of_kind("regressed", asserted=True))
+    assert stats.binomtest(red, runs, 0.025, alternative="greater").pvalue > 0.01
+
+
+@pytest.mark.parametrize(("changed", "kind"), [(5, "changed"), (6, "regressed")])
+def test_a_loss_on_fewer_than_six_facts_may_be_chance_however_large(changed: int, kind: str) -> None:
+    """All of five get worse by chance once in 32 times, all of six once in 64."""
+    effects = np.zeros(300)
+    effects[:changed] = -10
+    assert _only(compare(_run(_measured([0.0] * 300)), _run(_measured(effects.tolist())))).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("verdict", "possible"),
+    [
+        (_measured([1e5] * 12), True),
+        (_measured([1e200] + [0.5] * 11), False),
+        (_measured([-1e307] * 12), False),
+        (_measured([0.0, 1.0] * 6, _claim(effect_bounds="share")), True),
+        (_measured([0.0, 1.1] * 6, _claim(effect_bounds="share")), False),
+        (_measured([-1.0, 1.0] * 6, _claim(effect_bounds="correlation")), True),
+        (_measured([-2.0, 1.0] * 6, _claim(effect_bounds="correlation")), False),
+        (_measured([0.5] * 12, baselines=(1e7,) * 12), False),
+    ],
+)
+def test_an_effect_that_no_measurement_can_have_is_neither_compared_nor_stored(
+    verdict: Verdict, possible: bool, tmp_path: Path
+) -> None:
+    assert verdict.evidence is not None
+    plain = _run(_measured([0.5] * 12, verdict.claim, baselines=verdict.evidence.baselines and (1.0,) * 12))
+    if possible:
+        assert dumps(_run(verdict))
+        assert not compare(_run(verdict), _run(verdict)).problems
+        return
+    with pytest.raises(BadInputError, match="that no measurement of its kind can have; find out what broke"):
+        save(tmp_path, "main", _run(verdict), update=False)
+    for before, after in ((_run(verdict), plain), (plain, _run(verdict)), (_run(verdict), _run(verdict))):
+        (problem,) = compare(before, after).problems
+        assert "that no measurement of its kind can have" in problem
+
+
 def test_one_harmed_claim_among_many_that_changed_by_chance_is_found() -> None:
     """Power: a loss of 0.3 standard deviations on 400 facts, 6 standard errors; 60 claims changed on few prompts."""
     rng = np.random.default_rng(7)

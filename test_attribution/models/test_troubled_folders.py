@@ -32,6 +32,8 @@ PROMPT, ANSWER = "The capital of France is", " Paris"
 # How far log p may be from float64's, in nats, by the type of the weights.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.25}
 WEIGHTS, CONFIG, WORDS, SETTINGS = "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"
+# What the preflight says of families with a sliding window in float64: transformers masks whole rows of padding there.
+MASKED = "float64 may mask whole rows of padding"
 # Neurons that are zeroed: the first of the first layer, and one of the last.
 NEURONS = (at.FFNNeuron(0, 0), at.FFNNeuron(2, 5))
 
@@ -343,6 +345,8 @@ def _problem(sound: Path, folder: Path, troubles: tuple[Trouble, ...], dtype: st
         said = str(error)
         if "\n" in said or not said.endswith(".") or len(said) > 700:
             return f"not one sentence: {said}"
+        if dtype == "float64" and MASKED in said:
+            return ""
         if not expected:
             return f"refused: {said}"
         return "" if any(re.search(each, said) for each in expected) else f"another cause than {expected}: {said}"
@@ -365,8 +369,9 @@ def _problem(sound: Path, folder: Path, troubles: tuple[Trouble, ...], dtype: st
 def test_every_folder_gives_right_numbers_or_one_sentence(
     request: pytest.FixtureRequest, architectures: list[str], make_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    number = request.config.getoption("--folders") or (200 if request.config.getoption("--exhaustive") else 60)
     problems = []
-    for architecture, troubles, dtype in _drawn(request.config.getoption("--folders"), architectures):
+    for architecture, troubles, dtype in _drawn(number, architectures):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             problem = _problem(make_folder(architecture), tmp_path / "model", troubles, dtype)

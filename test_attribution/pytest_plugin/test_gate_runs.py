@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -289,6 +290,20 @@ def test_option_may_stand_in_the_ini_file(saved: Suite) -> None:
         (("--attribution-compare", "--attribution-allow=weights"), "--attribution-allow has 'weights'; it knows *"),
         (("--attribution-fail=all",), "--attribution-fail has 'all'; it knows verdicts, regressions, *"),
         (("--attribution-fail=regressions",), "* asks for regressions, and nothing is compared; *"),
+        (
+            ("--attribution-compare=main", "--attribution-compare=other"),
+            "--attribution-compare was given 2 times ('main', 'other'), and only one can be meant; *",
+        ),
+        (
+            ("--attribution-fail=regressions", "--attribution-fail=verdicts", "--attribution-compare=main"),
+            "--attribution-fail was given 2 times *",
+        ),
+        (("--max-prompts=5", "--attribution-max-prompts=6"), "--attribution-max-prompts was given 2 times (5, 6), *"),
+        (
+            ("-p", "no:attribution-gate", "--attribution-save=new"),
+            "-p no:attribution-gate blocks what *-save *",
+        ),
+        (("-p", "no:attribution-report", "--attribution-report=out"), "-p no:attribution-report blocks what *"),
     ],
 )
 def test_options_that_cannot_be_meant_end_the_run_before_it_starts(
@@ -369,6 +384,49 @@ def test_gate_refuses_what_was_tried_until_it_held_unless_allowed(suite: Suite) 
     assert allowed.ret == 0
     assert suite.run("--attribution-compare=main").ret == pytest.ExitCode.TESTS_FAILED
     assert suite.run("--attribution-compare=main", "--attribution-allow=repeats").ret == 0
+
+
+def test_gate_that_something_takes_away_on_the_way_is_missed(saved: Suite) -> None:
+    saved.pytester.makeconftest(
+        """
+        def pytest_collection_finish(session):
+            manager = session.config.pluginmanager
+            manager.unregister(manager.get_plugin("attribution-gate"))
+        """
+    )
+    result = saved.run("--attribution-compare=main")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    _says(result, "attribution gate: --attribution-compare asked for it, and something unregistered it")
+
+
+def test_comparison_says_with_what_and_by_which_rules(saved: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = json.loads(saved.file.read_text())["made"]
+    checksum = hashlib.sha256(saved.file.read_bytes()).hexdigest()[:16]
+    _says(
+        saved.run("--attribution-compare=main"),
+        f"compared with {saved.file}, sha256:{checksum}, of {made} (--attribution-compare=main on the command line)",
+        "red: verdicts and regressions (by default), losses beyond 0.0001 in the unit of a claim",
+    )
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--attribution-fail=regressions:0.5")
+    saved.pytester.makeini("[pytest]\naddopts = -p no:cacheprovider --attribution-compare=main")
+    _says(
+        saved.run(),
+        "(--attribution-compare=main in tox.ini)",
+        "red: regressions (--attribution-fail=regressions:0.5 in PYTEST_ADDOPTS), losses beyond 0.5",
+    )
+
+
+def test_red_comparison_replaces_nothing(saved: Suite) -> None:
+    before = saved.file.read_bytes()
+    saved.measure(one={"shift": -0.5}, two={})
+    result = saved.run("--attribution-compare=main", "--attribution-save=main", "--attribution-update")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    _says(result, "1 worse than in stored run 'main'", "stored run 'main' was not written: this run is red.")
+    assert saved.file.read_bytes() == before
+    assert saved.run("--attribution-compare=main").ret == pytest.ExitCode.TESTS_FAILED
+    # Accepting a loss is a run of its own.
+    assert saved.run("--attribution-save=main", "--attribution-update").ret == 0
+    assert saved.run("--attribution-compare=main").ret == 0
 
 
 def test_several_stored_runs_need_a_name(saved: Suite) -> None:

@@ -26,6 +26,7 @@ from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.claims.sample import SCORED_IN_FULL
 from attribution.engine.ablation import outcomes
+from attribution.engine.all_scores import at_each
 from attribution.engine.importance import Candidates
 from attribution.engine.methods import METHODS, method_named, score_candidates
 from attribution.engine.metrics import by_metric
@@ -132,13 +133,14 @@ def samples(bench: Workbench, method: str) -> list[SampledNeurons]:
         return []
     questions = [bench.sample.questions[place] for place in indices]
     compared = [method_named(name, "ffn") for name in (method, *COMPARED)]
+    every = bench.all_scores(method, "ffn", indices)
+    total = len(every[0].values)
+    # Not the seed of the random method's scores, so that the sample does not depend on them.
+    drawn_ranks = [sampled_ranks(total, scores.candidates.seed + 1) for scores in every]
+    lowest = [total - 1 - place for place in range(min(TOP, total))]
+    found = at_each(every, [[*ranks, *lowest] for ranks in drawn_ranks])
     drawn: list[SampledNeurons] = []
-    for scores, state in zip(bench.all_scores(method, "ffn", indices), bench.final_states(questions), strict=True):
-        total = len(scores.values)
-        # Not the seed of the random method's scores, so that the sample does not depend on them.
-        ranks = sampled_ranks(total, scores.candidates.seed + 1)
-        lowest = [total - 1 - place for place in range(min(TOP, total))]
-        ranked = scores.at([*ranks, *lowest])
+    for scores, ranks, ranked, state in zip(every, drawn_ranks, found, bench.final_states(questions), strict=True):
         chosen = scores.candidates.afresh().take(ranked[: len(ranks)])
         drawn.append(
             SampledNeurons(

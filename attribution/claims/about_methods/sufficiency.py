@@ -23,6 +23,7 @@ from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.measured import Effects, NotApplicable
 from attribution.claims.sample import SCORED_IN_FULL
 from attribution.engine.ablation import Means, reference_of
+from attribution.engine.all_scores import first_vectors_of_each
 from attribution.engine.batching import batches_of
 from attribution.engine.methods import METHODS
 from attribution.engine.metrics import by_metric, measure_each
@@ -53,9 +54,10 @@ def _kept(
         total = sum(every[0].candidates.table.sizes)
         numbers = [round(share * total) for share in shares]
         kept[unit] = torch.zeros(len(questions), 2, len(shares), total, dtype=torch.bool)
-        for row, (scores, question) in enumerate(zip(every, questions, strict=True)):
+        firsts = first_vectors_of_each(every, numbers)
+        for row, (own, question) in enumerate(zip(firsts, questions, strict=True)):
             order = np.random.default_rng([question.seed(bench.seed), _UNITS.index(unit)]).permutation(total)
-            for place, (number, first) in enumerate(zip(numbers, scores.first_vectors(numbers), strict=True)):
+            for place, (number, first) in enumerate(zip(numbers, own, strict=True)):
                 kept[unit][row, 0, place, first.cpu()] = True
                 kept[unit][row, 1, place, order[:number]] = True
     return kept

@@ -19,6 +19,7 @@ from attribution.claims.bench import Workbench, measured_once
 from attribution.claims.exhibits import Exhibit
 from attribution.claims.measured import Effects
 from attribution.claims.sample import SCORED_OF_CATEGORY
+from attribution.engine.all_scores import summed_within
 from attribution.records import Component, FFNNeuron, SublayerKind
 
 __all__ = [
@@ -46,8 +47,8 @@ def _sums(bench: Workbench, kind: SublayerKind) -> tuple[Survey, dict[str, npt.N
     """Return sums over a kind's neurons on each prompt, in nats, (n,) each: all, positive, and the highest ones."""
     found = survey_of(bench, SCORED_OF_CATEGORY)
     sums: dict[str, list[float]] = {name: [] for name in _SUMS}
-    for each in bench.all_scores(METHOD, kind, found.indices):
-        scores = -np.sort(-each.summed_within(_LARGEST_ERROR).numpy(force=True))
+    for each in summed_within(bench.all_scores(METHOD, kind, found.indices), _LARGEST_ERROR):
+        scores = -np.sort(-each.numpy(force=True))
         values = (scores.sum(), scores[scores > 0].sum(), scores[:100].sum(), scores[:200].sum())
         for name, value in zip(_SUMS, values, strict=True):
             sums[name].append(float(value))

@@ -168,45 +168,71 @@ def _at_sources(model: Model, ids: Sequence[int], neurons: Sequence[AttentionNeu
         return _log_probs(model, ids, {(layer, "attention"): take_away})
 
 
+def _loudest(model: Model, ids: Sequence[int]) -> list[list[Component]]:
+    """Return for each layer the FFN neuron and the head dimension that enter most strongly at the last position."""
+    found: list[list[Component]] = [[] for _ in range(model.anatomy.layers)]
+    for (layer, unit), entered in _inputs(model, ids).items():
+        column = int(entered[-1].abs().argmax())
+        head, dim = divmod(column, model.anatomy.head_dim)
+        found[layer].append(FFNNeuron(layer, column) if unit == "ffn" else AttentionNeuron(layer, head, dim, 0))
+    return found
+
+
+def _loudest_sources(model: Model, ids: Sequence[int]) -> list[list[AttentionNeuron]]:
+    """Return for each layer the attention neurons of which the last position takes most, at their source positions."""
+    seen = read_activations(model, pad([ids], device=model.device))
+    found = []
+    for layer in range(model.anatomy.layers):
+        taken = torch.einsum("hp,phd->hdp", seen.pattern[layer, 0], seen.values[layer, 0]).abs()
+        best = taken.flatten().topk(min(_ABLATED, taken.numel())).indices
+        places = torch.stack(torch.unravel_index(best, taken.shape), 1).tolist()
+        found.append([AttentionNeuron(layer, *place) for place in places])
+    return found
+
+
 def difference_of_ablations(bench: Workbench, kind: str) -> Exact:
     """Measure how far ablation of a kind of :data:`ABLATIONS` is from what hooks do.
 
-    The best neurons of both units and a head are ablated.
+    Ablated are, at all positions, the best neurons of both units with a head, and in every layer by itself the neurons
+    that enter most strongly; at one source position, in every layer those of which most is taken.
 
     Returns:
-        The largest difference of log-probabilities as a share of the change by ablation, L2 norms.
+        The largest difference of log-probabilities as a share of the change by ablation, L2 norms: of its own for the
+        best neurons, and of the largest of all layers for those of one layer, which may change next to nothing.
     """
     at_source = kind not in ("zero", "mean", "resample")
     prompts, questions = _prompts(bench)
     if len(prompts) < 2:
         return Exact(0.0, prompts=0, facts=0)
     best = [attribute(bench.model, prompts, unit=unit, k=_ABLATED) for unit in ("ffn", "attention")]
-    variants: list[list[Any]] = []
-    for number, (ffn, attention) in enumerate(zip(*best, strict=True)):
-        layer = attention.neurons[0].layer
-        variants.append(
-            [each for each in attention.neurons if each.layer == layer]
-            if at_source
-            else [*ffn.neurons, *attention.neurons, Head(0, number % bench.model.anatomy.heads)]
-        )
+    jobs: list[tuple[int, list[Any]]] = []
+    for number, (question, ffn, attention) in enumerate(zip(questions, *best, strict=True)):
+        if at_source:
+            jobs += [(number, list(each)) for each in _loudest_sources(bench.model, question.ids)]
+        else:
+            jobs.append((number, [*ffn.neurons, *attention.neurons, Head(0, number % bench.model.anatomy.heads)]))
+            jobs += [(number, each) for each in _loudest(bench.model, question.ids)]
     logits = ablate(
         bench.model,
-        prompts,
-        variants,
+        [prompts[number] for number, _ in jobs],
+        [variant for _, variant in jobs],
         kind="zero" if at_source else kind,
         reference=prompts if kind in ("mean", "resample") else None,
         at_source=at_source,
     )
-    errors = []
-    for number, (question, variant, row) in enumerate(zip(questions, variants, logits, strict=True)):
-        if at_source:
-            expected = _at_sources(bench.model, question.ids, variant)
-        else:
-            expected = _everywhere(bench.model, kind, question.ids, questions[1 - number].ids, variant)
+    plain = [_log_probs(bench.model, question.ids, {}) for question in questions]
+    errors, changes = torch.zeros(2, len(jobs), dtype=torch.float64).unbind()
+    for place, ((number, variant), row) in enumerate(zip(jobs, logits, strict=True)):
+        ids, other = questions[number].ids, questions[1 - number].ids
+        expected = (
+            _at_sources(bench.model, ids, variant) if at_source else _everywhere(bench.model, kind, ids, other, variant)
+        )
         found = row.to(expected.device, expected.dtype).log_softmax(-1)
-        change = (expected - _log_probs(bench.model, question.ids, {})).norm()
-        errors.append(float((found - expected).norm() / change))
-    return Exact(worst(errors), prompts=len(errors), facts=len(errors))
+        errors[place] = float((found - expected).norm())
+        changes[place] = float((expected - plain[number]).norm())
+    whole = torch.tensor([len(variant) > 2 and not at_source for _, variant in jobs])
+    shares = errors / torch.where(whole, changes, changes[~whole].max())
+    return Exact(worst(shares.tolist()), prompts=len(questions), facts=len(questions))
 
 
 @contextmanager

@@ -16,6 +16,14 @@ def _(original, model, variants):
     return original(variants=[[replace(each, layer=(each.layer + 1) % layers) for each in own] for own in variants])
 
 
+@FAULTS.patch("nothing is ablated in the last layer", "ablation_masks", claims=ABLATION)
+def _(original):
+    masks = original()
+    for each in (masks.ffn, masks.attention, masks.sources):
+        each[-1] = False
+    return masks
+
+
 @FAULTS.patch("a dimension takes its whole head along", "ablation_masks", claims=ABLATION)
 def _(original, variants, at_source):
     if at_source:
