@@ -34,7 +34,7 @@ __all__ = [
 
 Score: TypeAlias = Callable[[Candidates], Tensor]
 
-# Candidates that are scored in blocks of two sizes, and the share of the largest score by which these may differ.
+# Candidates that are scored in blocks of two sizes, and the share of the scores' spread by which these may differ.
 _CHECKED_TOGETHER, _SAME = 64, 1e-3
 
 
@@ -234,19 +234,28 @@ def check_blocks(method: Method, candidates: Candidates) -> None:
         BadInputError: If a score differs.
     """
     number = min(_CHECKED_TOGETHER, len(candidates))
-    some = candidates.take(torch.linspace(0, len(candidates) - 1, number).long().to(candidates.index.device).unique())
-    whole, apart = score_candidates(method, some), torch.zeros_like(some.coefficient)
+    places = torch.linspace(0, len(candidates) - 1, number).long().to(candidates.index.device).unique()
+    # Taken anew each time: some methods compute in place.
+    given = method.score(candidates.take(places))
+    whole = checked(method, given, candidates.take(places))
+    apart = torch.zeros_like(whole)
     for first in range(2):
-        half = torch.arange(first, len(some), 2, device=apart.device)
-        if len(half):
-            apart[half] = score_candidates(method, some.take(half))
-    difference = (whole - apart).abs()
-    if float(difference.max()) > _SAME * float(whole.abs().max()):
-        worst = int(difference.argmax())
-        (record,) = some.records(difference.argmax()[None])
+        if len(half := places[first::2]):
+            apart[first::2] = score_candidates(method, candidates.take(half))
+    finite = whole.isfinite() & apart.isfinite()
+    # Neither one large score nor a constant that is added to all may hide what the others owe to each other.
+    spread = torch.zeros((), dtype=whole.dtype, device=whole.device)
+    if finite.any():
+        low, high = whole[finite].quantile(whole.new_tensor([0.1, 0.9]))
+        kind = given.dtype if given.dtype.is_floating_point else torch.float32
+        spread = torch.maximum(_SAME * (high - low), 8 * torch.finfo(kind).eps * whole[finite].abs().max())
+    apart_from = torch.where(finite, (whole - apart).abs() > spread, whole != apart)
+    if apart_from.any():
+        worst = int(apart_from.nonzero()[0])
+        (record,) = candidates.records(places[worst][None])
         raise BadInputError(
-            f"method {method.name!r} scores {record} {float(whole[worst]):.6g} in a block of {len(some)} candidates "
-            f"and {float(apart[worst]):.6g} in a block of {-(-len(some) // 2)}; make every score depend on its own "
+            f"method {method.name!r} scores {record} {float(whole[worst]):.6g} in a block of {len(places)} candidates "
+            f"and {float(apart[worst]):.6g} in a block of {-(-len(places) // 2)}; make every score depend on its own "
             "candidate alone, as blocks may be of any size."
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attribution.models.model import Model
-from attribution.models.tokenizer import tokens_of
+from attribution.models.tokenizer import tokens_of, unknown_of
 from attribution.prompts.knowledge import load_knowledge
 
 __all__ = ["broken_continuations", "confused_texts", "wrong_beginnings"]
@@ -21,7 +21,7 @@ def confused_texts(model: Model) -> float:
     confused = 0
     for text in _TEXTS:
         ids = tuple(tokens_of(model.tokenizer, text))
-        known = model.tokenizer.unk_token_id not in ids
+        known = unknown_of(model.tokenizer)[1] not in ids
         confused += (known and ids in seen) or not all(0 <= token < model.anatomy.vocabulary for token in ids)
         seen.add(ids)
     return float(confused)
@@ -29,7 +29,7 @@ def confused_texts(model: Model) -> float:
 
 def broken_continuations(model: Model) -> float:
     """Count the bundled prompts whose answers do not follow them as tokens of their own."""
-    special = set(model.tokenizer.all_special_ids) - {model.tokenizer.unk_token_id}
+    special = set(model.tokenizer.all_special_ids) - {unknown_of(model.tokenizer)[1]}
     broken = 0
     for prompt in load_knowledge().prompts:
         before, after = (tokens_of(model.tokenizer, text) for text in (prompt.text, prompt.text + prompt.answer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from attribution.errors import ModelError
 from attribution.models.tokenizer import check_tokenizer
@@ -110,7 +112,7 @@ def open_network(folder: Path, *, dtype: torch.dtype, device: str | torch.device
         logging.set_verbosity(level)
         if silence:
             logging.enable_progress_bar()
-    _check_keys(report, str(folder))
+    _check_keys(report, _overlooked(folder, module), str(folder))
     on_disk = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if on_disk:
         raise ModelError(
@@ -129,14 +131,32 @@ def _settled(config: Any) -> Any:
     return config
 
 
-def _check_keys(report: Mapping[str, Collection[str]], where: str) -> None:
+def _overlooked(folder: Path, module: Any) -> list[str]:
+    """Return weights in the files that transformers does not report: their names are like those of harmless ones."""
+    patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    own = set(module.state_dict())
+    found = []
+    for file in sorted(files):
+        if not (folder / file).is_file():
+            continue
+        with safe_open(folder / file, framework="pt") as opened:
+            names = [name for name in sorted(opened.keys()) if any(re.search(each, name) for each in patterns)]
+        found += [name for name in names if not any(known == name or known.endswith(f".{name}") for known in own)]
+    return found
+
+
+def _check_keys(report: Mapping[str, Collection[str]], overlooked: Collection[str], where: str) -> None:
     """Complain of weights that the config asks for and the files lack, and of those that it does not ask for."""
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"model {where!r} lacks {len(missing)} weights, such as {missing[0]}; download it again or train it whole."
         )
-    left = sorted(each for each in report["unexpected_keys"] if not _HARMLESS.search(each))
+    left = sorted(each for each in {*report["unexpected_keys"], *overlooked} if not _HARMLESS.search(each))
     if left:
         raise ModelError(
             f"model {where!r} has {len(left)} weights that its config.json has no use for, such as {left[0]}: it would "

@@ -7,7 +7,7 @@ from typing import Any
 
 from attribution.errors import ModelError
 
-__all__ = ["check_tokenizer", "tokens_of"]
+__all__ = ["check_tokenizer", "tokens_of", "unknown_of"]
 
 # Any text serves to see what a tokenizer puts around it, if it makes tokens of it at all.
 _PROBES = ("a", "The", "1")
@@ -37,7 +37,13 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens that a tokenizer puts before every text, and those behind it."""
-    probe = next(each for each in _probes(tokenizer) if tokenizer.encode(each, add_special_tokens=False))
+    marks = {*tokenizer.all_special_ids, unknown_of(tokenizer)[1]}
+
+    def tells(probe: str) -> bool:
+        bare = tokenizer.encode(probe, add_special_tokens=False)
+        return bool(bare) and marks.isdisjoint(bare)
+
+    probe = next(each for each in _probes(tokenizer) if tells(each))
     whole: list[int] = tokenizer.encode(probe)
     bare: list[int] = tokenizer.encode(probe, add_special_tokens=False)
     for start in range(len(whole) - len(bare) + 1):
@@ -47,6 +53,18 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
         f"the tokenizer makes {whole} of {probe!r} with its special tokens and {bare} without: they are not around the "
         "text but inside it; use a tokenizer that puts them at its ends."
     )
+
+
+def unknown_of(tokenizer: Any) -> tuple[str | None, int | None]:
+    """Return what a tokenizer makes of a word that it does not know, as text and as token; ``None`` if it knows all.
+
+    Its settings need not name it: what cuts the text does.
+    """
+    token = tokenizer.unk_token
+    if token is None:
+        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        token = getattr(model, "unk_token", None) or None
+    return token, None if token is None else tokenizer.convert_tokens_to_ids(token)
 
 
 def _probes(tokenizer: Any) -> Iterator[str]:

@@ -6,6 +6,7 @@ with absolute position embeddings (GPT-2) without any error.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attribution.errors import BadInputError
-from attribution.models.tokenizer import tokens_of
+from attribution.models.tokenizer import tokens_of, unknown_of
 
 __all__ = [
     "TokenBatch",
@@ -68,6 +69,7 @@ def encode(tokenizer: Any, text: str, *, context: int | None, vocabulary: int) -
         raise BadInputError(f"prompt {text!r} is a {type(text).__name__}, not a string; pass the text itself.")
     if not text.strip():
         raise BadInputError(f"prompt {text!r} is empty; give at least one word before the answer.")
+    _check_characters(text, "prompt")
     ids = tokens_of(tokenizer, text)
     if context is not None and len(ids) > context:
         raise BadInputError(
@@ -79,12 +81,17 @@ def encode(tokenizer: Any, text: str, *, context: int | None, vocabulary: int) -
         _warned_of.add(tokenizer)
         warnings.warn(
             f"prompt {text[:40]!r} has words that the tokenizer does not know ({', '.join(map(repr, unknown))}): the "
-            f"model reads {tokenizer.unk_token!r} in their place, here and in other prompts, of which there is no "
+            f"model reads {unknown_of(tokenizer)[0]!r} in their place, here and in other prompts, of which there is no "
             "further warning",
             UnknownWordWarning,
             stacklevel=2,
         )
     return ids
+
+
+def _check_characters(text: str, what: str) -> None:
+    if re.search("[\ud800-\udfff]", text):
+        raise BadInputError(f"{what} {text!r} holds half of a character; give both halves, or leave it out.")
 
 
 class UnknownWordWarning(UserWarning):
@@ -106,8 +113,11 @@ def _check_embedded(tokenizer: Any, ids: Sequence[int], vocabulary: int, what: s
 
 def _unknown(tokenizer: Any, ids: Sequence[int], text: str) -> list[str]:
     """Return the words of a text that the tokenizer has no tokens for; none where it spells its unknown token out."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None or unknown not in ids or tokenizer.unk_token in text:
+    name, unknown = unknown_of(tokenizer)
+    if name is None or unknown not in ids or name in text:
+        return []
+    # Not what the tokenizer itself puts in front, which may be the same token.
+    if unknown not in tokenizer.encode(text, add_special_tokens=False):
         return []
     words = [word for word in text.split() if unknown in tokenizer.encode(word, add_special_tokens=False)]
     return words or [text]
@@ -133,6 +143,7 @@ def answer_tokens(tokenizer: Any, prompt: str, answer: str, *, vocabulary: int, 
         raise BadInputError(f"answer {answer!r} is a {type(answer).__name__}, not a string; pass one word.")
     if not answer.strip():
         raise BadInputError(f"answer {answer!r} is empty; give one word with its leading space, such as ' Paris'.")
+    _check_characters(answer, "answer")
     if prompt[-1:].isspace():
         raise BadInputError(
             f"prompt {prompt!r} ends in a space before answer {answer!r}; end the prompt with its last word and begin "
@@ -158,8 +169,8 @@ def answer_tokens(tokenizer: Any, prompt: str, answer: str, *, vocabulary: int, 
     _check_embedded(tokenizer, pieces, vocabulary, f"answer {answer!r}")
     if _unknown(tokenizer, pieces, answer):
         raise BadInputError(
-            f"answer {answer!r} is not in the model's vocabulary: its tokenizer makes {tokenizer.unk_token!r} of it, "
-            "as of any word that it does not know; choose another."
+            f"answer {answer!r} is not in the model's vocabulary: its tokenizer makes {unknown_of(tokenizer)[0]!r} of "
+            "it, as of any word that it does not know; choose another."
         )
     return pieces
 

@@ -439,8 +439,14 @@ def test_a_registered_method_can_be_used_by_name(monkeypatch: pytest.MonkeyPatch
         lambda candidates: candidates.coefficient.softmax(0),
         lambda candidates: candidates.coefficient.argsort().argsort().double(),
         lambda candidates: torch.rand(len(candidates)),
+        lambda candidates: torch.where(
+            candidates.coefficient > 0, candidates.coefficient - candidates.coefficient.mean(), -torch.inf
+        ),
+        lambda candidates: torch.where(candidates.index == 0, torch.inf, candidates.coefficient / len(candidates)),
+        lambda candidates: 1e6 + candidates.coefficient - candidates.coefficient.mean(),
+        lambda candidates: candidates.coefficient - candidates.coefficient.mean() + 1e7 * (candidates.index == 0),
     ],
-    ids=["mean", "softmax", "rank", "draws"],
+    ids=["mean", "softmax", "rank", "draws", "among infinities", "beside infinity", "with an offset", "beside a giant"],
 )
 @pytest.mark.parametrize("unit", ["ffn", "attention"])
 def test_a_method_that_scores_candidates_by_each_other_is_named(
@@ -451,6 +457,29 @@ def test_a_method_that_scores_candidates_by_each_other_is_named(
     register_method("relative", source="this test")(score)
     with pytest.raises(BadInputError, match=r"'relative' scores .* in a block of 64 candidates and .* of 32;"):
         at.attribute(model, "The capital of France is", " Paris", method="relative", unit=unit, k=4)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda candidates: torch.where(candidates.coefficient > 0, candidates.coefficient, -torch.inf),
+        lambda candidates: torch.zeros(len(candidates)),
+        lambda candidates: (1e6 + candidates.coefficient).float(),
+        lambda candidates: candidates.coefficient.bfloat16(),
+        lambda candidates: candidates.index % 7,
+        lambda candidates: candidates.coefficient.mul_(0.5),
+        lambda candidates: (
+            candidates.update.float() @ candidates.update[0].new_ones(()).float().expand(candidates.update.shape[1])
+        ),
+    ],
+    ids=["masked", "zeros", "float32 with an offset", "bfloat16", "integers", "in place", "projected in float32"],
+)
+def test_a_method_that_scores_each_candidate_alone_is_taken(
+    monkeypatch: pytest.MonkeyPatch, model: at.Model, score: Callable[[Candidates], Tensor]
+) -> None:
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    register_method("honest", source="this test")(score)
+    assert len(at.attribute(model, "The capital of France is", " Paris", method="honest", unit="ffn", k=4)) == 4
 
 
 def test_every_method_of_the_package_scores_each_candidate_alone(model: at.Model) -> None:

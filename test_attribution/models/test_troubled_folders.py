@@ -208,6 +208,8 @@ def _replaced(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 SOUND = Trouble("sound", _none)
+# Some families' classes of tokenizers cut texts in their own way, and find no word of another's.
+NO_WORDS = "no tokens of any of its own words"
 NO_TOKENIZER, DAMAGED, LACKS, LEFT = "tokenizer", "cannot be loaded from the folder", "lacks", "has no use for"
 TOKENIZERS = (
     SOUND,
@@ -222,8 +224,8 @@ TOKENIZERS = (
     Trouble("no tokenizer", _removed(WORDS, SETTINGS, "special_tokens_map.json"), NO_TOKENIZER),
     Trouble("a tokenizer without words", _without_words, NO_TOKENIZER),
     Trouble("half of a tokenizer", _half(WORDS), DAMAGED),
-    Trouble("the answer is unknown", _without_the_answer, "not in the model's vocabulary"),
-    Trouble("all tokens are beyond the embedding", _beyond_the_embedding, "no embedding"),
+    Trouble("the answer is unknown", _without_the_answer, f"not in the model's vocabulary|{NO_WORDS}"),
+    Trouble("all tokens are beyond the embedding", _beyond_the_embedding, f"no embedding|{NO_WORDS}"),
 )
 CONFIGS = (
     SOUND,
@@ -271,6 +273,7 @@ FILES = (
     Trouble("half of the weights", _half(WEIGHTS), DAMAGED),
     Trouble("a shard is missing", _without_a_shard, DAMAGED),
     Trouble("a tensor too many", _weights(lambda tensors: tensors | {"v_head.weight": torch.zeros(3)}), LEFT),
+    Trouble("a tensor like a mask", _weights(lambda own: own | {"x.0.attn.bias.lora_A.weight": torch.zeros(3)}), LEFT),
     Trouble("a tensor too few", _weights(lambda tensors: dict(sorted(tensors.items())[:-1])), LACKS),
     Trouble("a weight that is no number", _weights(_with_a_nan), "NaN"),
 )

@@ -72,6 +72,16 @@ def test_digits_and_scripts_without_spaces_join_the_prompt(prompt: str, answer: 
     assert tokenizer.encode(prompt + answer) == [*before, token]
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [("\ud800", " Paris"), (PROMPT, "\ud800"), (PROMPT, " a\udfff")])
+def test_half_of_a_character_is_an_error(tokenizer: Any, prompt: str, answer: str) -> None:
+    def ask() -> None:
+        encode(tokenizer, prompt, context=None, vocabulary=ALL)
+        answer_tokens(tokenizer, prompt, answer, vocabulary=ALL, joined=True)
+
+    with pytest.raises(BadInputError, match="holds half of a character"):
+        ask()
+
+
 @pytest.mark.parametrize("answer", ["", " ", "\n"])
 def test_an_empty_answer_is_an_error(tokenizer: Any, answer: str) -> None:
     with pytest.raises(BadInputError, match="is empty; give one word"):
@@ -88,25 +98,40 @@ def _wordwise(*words: str) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize(
     ("template", "first"),
-    [("$A </s>", 0), ("<s> $A </s>", 1), ("<s> <s> $A </s> </s>", 2), ("<s> $A", 1), ("$A", 0)],
+    [
+        ("$A </s>", []),
+        ("<s> $A </s>", [1]),
+        ("<s> <s> $A </s> </s>", [1, 1]),
+        ("<s> $A", [1]),
+        ("$A", []),
+        # What is put in front may be the token of unknown words.
+        ("<unk> $A </s>", [0]),
+    ],
 )
-def test_what_a_tokenizer_puts_behind_a_text_is_left_off(template: str, first: int) -> None:
+def test_what_a_tokenizer_puts_behind_a_text_is_left_off(template: str, first: list[int]) -> None:
     tokenizer = _wordwise(*PROMPT.split(), "Paris")
     plain = tokenizer.encode(PROMPT)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+        single=template, special_tokens=[("<unk>", 0), ("<s>", 1), ("</s>", 2)]
     )
-    assert encode(tokenizer, PROMPT, context=None, vocabulary=ALL) == [1] * first + plain
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert encode(tokenizer, PROMPT, context=None, vocabulary=ALL) == first + plain
     assert answer_tokens(tokenizer, PROMPT, " Paris", vocabulary=ALL) == tokenizer.encode(
         "Paris", add_special_tokens=False
     )
     # What a prompt itself spells out is its own.
-    assert encode(tokenizer, f"{PROMPT} </s>", context=None, vocabulary=ALL) == [1] * first + [*plain, 2]
+    assert encode(tokenizer, f"{PROMPT} </s>", context=None, vocabulary=ALL) == [*first, *plain, 2]
 
 
-def test_an_answer_that_the_tokenizer_does_not_know_is_an_error() -> None:
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "only in tokenizer.json"])
+def test_an_answer_that_the_tokenizer_does_not_know_is_an_error(declared: bool) -> None:
+    tokenizer = _wordwise(*PROMPT.split(), "Paris")
+    if not declared:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+        assert tokenizer.unk_token is None
     with pytest.raises(BadInputError, match=r"answer ' Pariss' is not in the model's vocabulary.*'<unk>'"):
-        answer_tokens(_wordwise(*PROMPT.split(), "Paris"), PROMPT, " Pariss", vocabulary=ALL)
+        answer_tokens(tokenizer, PROMPT, " Pariss", vocabulary=ALL)
 
 
 def test_words_of_a_prompt_that_the_tokenizer_does_not_know_are_warned_of_once() -> None:
