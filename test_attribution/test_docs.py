@@ -73,6 +73,8 @@ NOT_RUN = {
     "measures, simulates or trains for minutes": (
         "python -m benchmarks.summary",
         "python -m benchmarks.summary --write",
+        "python -m benchmarks.explained smollm2",
+        "python -m benchmarks.false_alarms",
         "python -m benchmarks.goals --write",
         "python -m benchmarks.growth --write",
         "python -m benchmarks.growth --peers PYTHON --write",
