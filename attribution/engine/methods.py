@@ -235,7 +235,7 @@ def check_blocks(method: Method, candidates: Candidates) -> None:
     """
     number = min(_CHECKED_TOGETHER, len(candidates))
     places = torch.linspace(0, len(candidates) - 1, number).long().to(candidates.index.device).unique()
-    # Taken anew each time: some methods compute in place.
+    # A fresh copy each time, because some methods change what they are given.
     given = method.score(candidates.take(places))
     whole = checked(method, given, candidates.take(places))
     apart = torch.zeros_like(whole)

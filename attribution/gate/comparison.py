@@ -362,9 +362,10 @@ def _intervals(paired: Sequence[_Paired]) -> list[_Interval]:
 
     Resampling knows of no other facts than those that changed, so where a harmless change moves few of them, and all
     happen to get worse, the interval is too narrow. A harmless change may as well have moved a fact the other way. So
-    the signs of the facts' changes are drawn anew, alike for all claims, and the chances say how often the sum of some
-    claim's changes, in units of the root of their squares, is as large as this one's. With m facts that changed, all
-    for the worse, that is at least 2^-m: fewer than six of them are never red, however much each of them lost.
+    each fact's change gets a random sign, the same one for all claims. A claim's total is the sum of its changes
+    divided by the root of the sum of their squares; the chances say how often the largest total of all claims reaches
+    this one's. If m facts changed, all for the worse, that is at least 2^-m: a loss on fewer than six facts is never
+    red.
 
     With fewer than ten facts there is no interval: both ends are the mean, and every worsening counts.
     """

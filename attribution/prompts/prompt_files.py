@@ -165,9 +165,8 @@ def _read_csv(source: Source, text: str) -> _Contents:
             if header is None:
                 header = [field.strip() for field in fields]
                 if not {"prompt", "answer"} <= set(header) <= set(_KEYS) or len(set(header)) < len(header):
-                    problem = (
-                        f"header {','.join(header)!r} must be prompt,answer and perhaps category,fact,joined; mend it."
-                    )
+                    found = ",".join(header)
+                    problem = f"header {found!r} must be prompt,answer, with category,fact,joined if needed; mend it."
                     return _Contents([], [], [source.problem(start, problem)])
             elif len(fields) != len(header):
                 problem = f"row {','.join(fields)!r} has {len(fields)} fields and the header {len(header)}; put a text "

@@ -59,11 +59,11 @@ def encode(tokenizer: Any, text: str, *, context: int | None, vocabulary: int) -
         tokenizer: A tokenizer of transformers.
         text: The prompt.
         context: Tokens that the model's context holds; ``None`` if it is not limited.
-        vocabulary: Tokens that the model has an embedding of.
+        vocabulary: How many tokens the model has an embedding for.
 
     Raises:
-        BadInputError: If the prompt is no string, is empty, is longer than the context, or holds a
-            token that the model has no embedding of.
+        BadInputError: If the prompt is not a string, is empty, is longer than the context, or has a token that the
+            model has no embedding for.
     """
     if not isinstance(text, str):
         raise BadInputError(f"prompt {text!r} is a {type(text).__name__}, not a string; pass the text itself.")
@@ -81,8 +81,7 @@ def encode(tokenizer: Any, text: str, *, context: int | None, vocabulary: int) -
         _warned_of.add(tokenizer)
         warnings.warn(
             f"prompt {text[:40]!r} has words that the tokenizer does not know ({', '.join(map(repr, unknown))}): the "
-            f"model reads {unknown_of(tokenizer)[0]!r} in their place, here and in other prompts, of which there is no "
-            "further warning",
+            f"model reads {unknown_of(tokenizer)[0]!r} instead; other prompts with unknown words get no warning",
             UnknownWordWarning,
             stacklevel=2,
         )
@@ -106,7 +105,7 @@ def _check_embedded(tokenizer: Any, ids: Sequence[int], vocabulary: int, what: s
     beyond = next((token for token in ids if not 0 <= token < vocabulary), None)
     if beyond is not None:
         raise BadInputError(
-            f"{what} has the token {tokenizer.decode([beyond])!r} ({beyond}), of which the model has no embedding (it "
+            f"{what} has the token {tokenizer.decode([beyond])!r} ({beyond}), for which the model has no embedding (it "
             f"has {vocabulary:,}); leave it out, or use the tokenizer that the model was trained with."
         )
 
@@ -132,7 +131,7 @@ def answer_tokens(tokenizer: Any, prompt: str, answer: str, *, vocabulary: int, 
         tokenizer: A tokenizer of transformers.
         prompt: The prompt.
         answer: The answer.
-        vocabulary: Tokens that the model has an embedding of.
+        vocabulary: How many tokens the model has an embedding for.
         joined: Whether an answer without a leading space is meant to continue the prompt's last word.
 
     Raises:

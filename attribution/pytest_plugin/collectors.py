@@ -29,7 +29,6 @@ __all__ = [
     "GATE",
     "LOADED",
     "MEASURED",
-    "REPEATS",
     "REPORT",
     "SAVE",
     "VERDICT",
@@ -41,8 +40,6 @@ __all__ = [
 SAVE, COMPARE = "--attribution-save", "--attribution-compare"
 REPORT = "--attribution-report"
 GATE = "attribution-gate"
-# The word of --attribution-allow for claims that were measured again after their tests failed.
-REPEATS = "repeats"
 
 # Properties of a test's report, by what they hold.
 VERDICT = "attribution_verdict"
@@ -218,6 +215,7 @@ class Gate:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         from attribution.gate.stored_run import stored_run_of
         from attribution.models.fingerprint import ModelFacts
+        from attribution.pytest_plugin.policy import REPEATS
 
         if self._save is None and self._stored_run is None:
             return

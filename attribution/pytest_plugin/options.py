@@ -17,8 +17,6 @@ from attribution.pytest_plugin.collectors import COMPARE, REPORT, SAVE
 
 __all__ = ["add_options", "settle", "spelled_out"]
 
-# Options that take one value.
-_SINGLE: list[str] = []
 _SHORT = ("model", "models-dir", "device", "dtype", "revision", "max-prompts", "seed", "prompts")
 
 
@@ -37,15 +35,12 @@ def _seed(text: str) -> int:
 def add_options(parser: pytest.Parser) -> None:
     """Add the plugin's options to pytest's."""
     group = parser.getgroup("attribution", "claims about single neurons")
-    _SINGLE.clear()
 
     def add(name: str, help: str, **settings: object) -> None:
         short = f" (also --{name})" if name in _SHORT else ""
         # All that is given is gathered: of two, argparse would take the last in silence.
         settings = {"action": "append"} | settings
         group.addoption(f"--attribution-{name}", help=help + short, default=None, **settings)
-        if settings["action"] == "append" and name != "model":
-            _SINGLE.append(name)
 
     add(
         "model",
@@ -122,16 +117,15 @@ def settle(options: argparse.Namespace) -> None:
     Raises:
         pytest.UsageError: If one was given more than once.
     """
-    for name in _SINGLE:
-        place = f"attribution_{name.replace('-', '_')}"
-        given = getattr(options, place)
-        # A worker of a distributed run is handed what was settled.
-        if not isinstance(given, list):
+    for place, given in list(vars(options).items()):
+        # Several models may be named. A worker of a distributed run is handed what was settled.
+        if not place.startswith("attribution_") or place == "attribution_model" or not isinstance(given, list):
             continue
         if len(given) > 1:
+            option = f"--{place.replace('_', '-')}"
             raise pytest.UsageError(
-                f"--attribution-{name} was given {len(given)} times ({', '.join(map(repr, given))}), and only one can "
-                "be meant; give it once, on the command line, in addopts or in PYTEST_ADDOPTS."
+                f"{option} was given {len(given)} times ({', '.join(map(repr, given))}), and only one can be meant; "
+                "give it once, on the command line, in addopts or in PYTEST_ADDOPTS."
             )
         setattr(options, place, given[0])
 

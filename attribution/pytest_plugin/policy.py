@@ -10,9 +10,11 @@ import pytest
 
 from attribution.errors import BadInputError
 from attribution.gate.comparison import ALLOWABLE, ROUNDING
-from attribution.pytest_plugin.collectors import REPEATS
 
-__all__ = ["Policy", "policy_of"]
+__all__ = ["REPEATS", "Policy", "policy_of"]
+
+# The word of --attribution-allow for claims that were measured again after their tests failed.
+REPEATS = "repeats"
 
 
 @dataclass(frozen=True)

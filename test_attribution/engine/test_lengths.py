@@ -135,14 +135,19 @@ def test_rows_on_both_sides_of_a_length_do_not_run_together() -> None:
     assert list(chunk_by_length(lengths, 1000, breaks=[16])) == [[4, 0, 2], [3, 1]]
 
 
-def test_a_longer_row_would_change_how_shorter_ones_are_read(
-    make_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """What breaks are for: without them the same prompts get other numbers beside a long one."""
+@pytest.fixture
+def long_rope(make_folder: Callable[[str], Path], tmp_path: Path) -> Model:
+    """A model that reads positions otherwise in texts of more than :data:`BEYOND` tokens."""
     settings = _rope(make_folder("llama"), "longrope")
     assert settings is not None
     model = _with(make_folder("llama"), tmp_path / "model", settings)
     assert model is not None
+    return model
+
+
+def test_a_longer_row_would_change_how_shorter_ones_are_read(long_rope: Model) -> None:
+    """What breaks are for: without them the same prompts get other numbers beside a long one."""
+    model = long_rope
     careless = replace(model, anatomy=replace(model.anatomy, breaks=()))
     questions = _questions(model)
     careful, mixed = (outcomes(each, questions, [()] * len(questions))[0] for each in (model, careless))
@@ -151,13 +156,8 @@ def test_a_longer_row_would_change_how_shorter_ones_are_read(
     assert moved == short
 
 
-def test_no_prompt_takes_its_values_from_one_that_is_read_otherwise(
-    make_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    settings = _rope(make_folder("llama"), "longrope")
-    assert settings is not None
-    model = _with(make_folder("llama"), tmp_path / "model", settings)
-    assert model is not None
+def test_no_prompt_takes_its_values_from_one_that_is_read_otherwise(long_rope: Model) -> None:
+    model = long_rope
     short, *_, long = _questions(model)
     values = reference_of(model, "resample", [short.ids, long.ids], ablated=[short.ids])
     with pytest.raises(BadInputError, match=r"of 1 tokens .* one of 32.* more than 16 tokens"):
