@@ -25,6 +25,7 @@ from attribution.pytest_plugin.fixtures import (
     attribution_model,
     attribution_prompts,
 )
+from attribution.pytest_plugin.recorded import pytest_runtest_makereport
 
 __all__ = [
     "_attribution_threads",
@@ -41,6 +42,7 @@ __all__ = [
     "pytest_generate_tests",
     "pytest_load_initial_conftests",
     "pytest_report_header",
+    "pytest_runtest_makereport",
     "pytest_sessionfinish",
     "pytest_xdist_make_scheduler",
     "pytest_xdist_node_collection_finished",

@@ -1,8 +1,13 @@
-"""Numbers in sentences."""
+"""Numbers and names in sentences."""
 
 from __future__ import annotations
 
-__all__ = ["duration", "pluralize"]
+import re
+
+__all__ = ["duration", "pluralize", "printable"]
+
+# Codes that move the cursor, colour or erase, and those that turn the direction of writing.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def duration(seconds: float) -> str:
@@ -22,3 +27,8 @@ def pluralize(number: int, one: str, many: str = "") -> str:
         many: Those that follow any other number; ``one`` with an s when empty.
     """
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def printable(text: str) -> str:
+    """Return a text in which what a terminal would obey instead of showing it is written as its number."""
+    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], text)

@@ -146,6 +146,13 @@ def compare(
             "out of the run",
             key,
         )
+    for key, bound in sorted(before.binding.items()):
+        if bound and not after.binding.get(key, True):
+            problems.add(
+                "was binding in the stored run and is only reported in this one; let the registry assert its family "
+                "again, or pass --attribution-assert if the stored run was made with it, or store a new run",
+                key,
+            )
     # 3. Measured in the same way on the same prompts.
     pairs = [
         (old[key], new[key])

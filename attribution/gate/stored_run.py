@@ -11,7 +11,7 @@ import json
 import math
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -66,12 +66,15 @@ class StoredRun:
         verdicts: One for each gated claim, with evidence, in the order of :func:`key_of`.
         made: When, in UTC.
         versions: Of this package, Python, and the libraries that numbers depend on.
+        binding: For each claim that was measured, also for those that are not gated, whether its test fails unless it
+            is supported. Empty if an earlier version wrote the file.
     """
 
     models: Mapping[str, ModelFacts]
     verdicts: tuple[Verdict, ...]
     made: str
     versions: Mapping[str, str]
+    binding: Mapping[Key, bool] = field(default_factory=dict)
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
@@ -147,12 +150,15 @@ def record_of(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def stored_run_of(records: Sequence[dict[str, Any]], models: Mapping[str, ModelFacts]) -> StoredRun:
+def stored_run_of(
+    records: Sequence[dict[str, Any]], models: Mapping[str, ModelFacts], binding: Mapping[Key, bool] | None = None
+) -> StoredRun:
     """Return what a run measured.
 
     Args:
         records: See :func:`record_of`; one for each gated claim.
         models: The models, by name.
+        binding: See :class:`StoredRun`.
 
     Raises:
         BadInputError: If a claim was measured twice or without evidence.
@@ -176,6 +182,7 @@ def stored_run_of(records: Sequence[dict[str, Any]], models: Mapping[str, ModelF
         verdicts=tuple(verdicts),
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"attribution": own, "python": platform.python_version(), **libraries},
+        binding=dict(sorted((binding or {}).items())),
     )
 
 
@@ -263,7 +270,39 @@ def dumps(stored_run: StoredRun) -> str:
         "prompts": dict(sorted(lists.items())),
         "claims": claims,
     }
+    if stored_run.binding:
+        content["binding"] = _nested(stored_run.binding)
     return _laid_out({**content, "checksum": _digest(content)}) + "\n"
+
+
+def _nested(binding: Mapping[Key, bool]) -> dict[str, dict[str, dict[str, bool]]]:
+    found: dict[str, dict[str, dict[str, bool]]] = {}
+    for (model, method, claim), bound in sorted(binding.items()):
+        found.setdefault(model, {}).setdefault(method, {})[claim] = bound
+    return found
+
+
+def _binding(nested: object) -> dict[Key, bool]:
+    """Return what :func:`_nested` was made of.
+
+    Raises:
+        ValueError: If it was made of nothing of the kind.
+    """
+    if not (
+        isinstance(nested, dict)
+        and all(isinstance(methods, dict) for methods in nested.values())
+        and all(isinstance(claims, dict) for methods in nested.values() for claims in methods.values())
+    ):
+        raise ValueError("does not say by model and method which claims were binding")
+    found = {
+        (model, method, claim): bound
+        for model, methods in nested.items()
+        for method, claims in methods.items()
+        for claim, bound in claims.items()
+    }
+    if not all(isinstance(bound, bool) for bound in found.values()):
+        raise ValueError("does not say by true or false which claims were binding")
+    return found
 
 
 def _laid_out(value: object, indent: str = "") -> str:
@@ -302,6 +341,8 @@ def loads(text: str) -> StoredRun:
     checksum = content.pop("checksum", None)
     if checksum != _digest(content):
         raise ValueError("was changed after it was written: its checksum does not fit")
+    # Earlier versions did not write it.
+    binding = _binding(content.pop("binding", {}))
     _require_fields(content, {"format": str, "made": str, "versions": dict, "models": dict, "prompts": dict,
                               "claims": list}, "it")  # fmt: skip
     models = {}
@@ -324,7 +365,7 @@ def loads(text: str) -> StoredRun:
             raise ValueError(f"does not say which weights {verdict.model!r} had")
     if not all(isinstance(version, str) for version in content["versions"].values()):
         raise ValueError("has versions that are not texts")
-    return StoredRun(models, verdicts, content["made"], content["versions"])
+    return StoredRun(models, verdicts, content["made"], content["versions"], binding)
 
 
 _RECORD: dict[str, Any] = {

@@ -14,7 +14,8 @@ import pytest
 
 from attribution.errors import AttributionError
 from attribution.pytest_plugin.chosen_models import models_of_the_run
-from attribution.pytest_plugin.outcome import fail_run
+from attribution.pytest_plugin.outcome import fail_run, report_as_test
+from attribution.pytest_plugin.recorded import EXHIBIT, MEASURED, VERDICT, LastAttempts, recorded_on
 from attribution.pytest_plugin.session import kept_by, origin_of
 from attribution.wording import pluralize
 
@@ -23,15 +24,10 @@ if TYPE_CHECKING:
     from attribution.gate.stored_run import StoredRun
 
 __all__ = [
-    "ATTEMPT",
     "COMPARE",
-    "EXHIBIT",
     "GATE",
-    "LOADED",
-    "MEASURED",
     "REPORT",
     "SAVE",
-    "VERDICT",
     "Gate",
     "Report",
     "VerdictTable",
@@ -40,46 +36,6 @@ __all__ = [
 SAVE, COMPARE = "--attribution-save", "--attribution-compare"
 REPORT = "--attribution-report"
 GATE = "attribution-gate"
-
-# Properties of a test's report, by what they hold.
-VERDICT = "attribution_verdict"
-MEASURED = "attribution_measured"
-EXHIBIT = "attribution_exhibit"
-LOADED = "attribution_loaded"
-ATTEMPT = "attribution_attempt"
-
-
-class _LastAttempts:
-    """What tests recorded, by test: of one that ran again after it failed, what its last attempt recorded."""
-
-    def __init__(self) -> None:
-        self._by_test: dict[str, list[tuple[str, Any]]] = {}
-
-    def add(self, report: pytest.TestReport) -> None:
-        """Take the report of a test's call."""
-        if report.when == "call":
-            self._by_test[report.nodeid] = list(report.user_properties)
-
-    def of(self, name: str) -> list[Any]:
-        """Return what was recorded under a name, in the order in which tests first reported."""
-        return [value for recorded in self._by_test.values() for what, value in recorded if what == name]
-
-    @property
-    def loaded(self) -> dict[str, str]:
-        """What was loaded, in words, by the model's name."""
-        return {name: text for each in self.of(LOADED) for name, text in each.items()}
-
-    @property
-    def repeated(self) -> str:
-        """A sentence on what was measured more than once; empty if nothing was."""
-        again = self.of(ATTEMPT)
-        if not again:
-            return ""
-        worst = max(again, key=lambda each: int(each["attempt"]))
-        return (
-            f"{pluralize(len(again), 'claim was', 'claims were')} measured again after the test failed, such as "
-            f"{worst['claim']!r}, {worst['attempt']} times in all; only the last attempt counts."
-        )
 
 
 def _known(config: pytest.Config) -> list[str]:
@@ -91,7 +47,7 @@ class VerdictTable:
     """Collects verdicts from the reports of tests, in the order they come in, and prints them at the end."""
 
     def __init__(self) -> None:
-        self._recorded = _LastAttempts()
+        self._recorded = LastAttempts()
 
     # Known only where pytest-xdist is.
     @pytest.hookimpl(optionalhook=True)
@@ -133,7 +89,7 @@ class Report:
                 pass
         except OSError as error:
             raise pytest.UsageError(f"{REPORT}={folder} cannot be written ({error}); name a folder that can.") from None
-        self._recorded = _LastAttempts()
+        self._recorded = LastAttempts()
         self._exhibits: dict[tuple[str, str], Exhibit] = {}
         self._line = ""
 
@@ -141,9 +97,9 @@ class Report:
         from attribution.claims.exhibits import Exhibit
 
         self._recorded.add(report)
-        for name, value in report.user_properties:
-            if name == EXHIBIT and report.when == "call":
-                exhibit = Exhibit.of_json(value)  # type: ignore[arg-type]
+        for name, value in recorded_on(report):
+            if name == EXHIBIT:
+                exhibit = Exhibit.of_json(value)
                 # Each worker that came to it sent one, and so does each attempt.
                 self._exhibits.setdefault((exhibit.name, exhibit.model), exhibit)
 
@@ -189,7 +145,7 @@ class Gate:
             raise pytest.UsageError(
                 f"stored run {self._save!r} exists; add --attribution-update to replace it, or choose another name."
             )
-        self._recorded = _LastAttempts()
+        self._recorded = LastAttempts()
         self._broken: list[str] = []
         self._lines: list[str] = []
         self._red: list[str] = []
@@ -208,7 +164,7 @@ class Gate:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._recorded.add(report)
-        if report.failed and not any(name == VERDICT for name, _ in report.user_properties):
+        if report.failed and not any(name == VERDICT for name, _ in recorded_on(report)):
             self._broken.append(report.nodeid)
 
     @pytest.hookimpl(tryfirst=True)
@@ -221,6 +177,9 @@ class Gate:
             return
         measured = self._recorded.of(MEASURED)
         facts = {each["record"]["model"]: ModelFacts(**each["facts"]) for each in measured}
+        binding = {
+            (row["model"], row["method"], row["claim"]): bool(row["asserted"]) for row in self._recorded.of(VERDICT)
+        }
         if self._recorded.repeated and REPEATS not in self._policy.allow:
             self._fail(
                 "claims were measured again after they failed",
@@ -228,7 +187,7 @@ class Gate:
                 f"add --attribution-allow={REPEATS}.",
             )
         try:
-            run = stored_run_of([each["record"] for each in measured], facts)
+            run = stored_run_of([each["record"] for each in measured], facts, binding)
             if self._stored_run is not None:
                 self._compare(self._stored_run, run)
             if self._save is not None and self._red:
@@ -240,8 +199,10 @@ class Gate:
                 self._write(self._save, run, session)
         except AttributionError as error:
             self._fail("what was measured makes no stored run", str(error))
+        reason = ", ".join(self._red)
+        report_as_test(session, "attribution::gate", reason, "\n".join(self._lines))
         if self._red:
-            fail_run(session, f"attribution gate: {', '.join(self._red)}")
+            fail_run(session, f"attribution gate: {reason}")
 
     def _fail(self, short: str, sentence: str) -> None:
         self._red.append(short)

@@ -11,8 +11,17 @@ import pytest
 from attribution.errors import AttributionError
 from attribution.models.registry import entry_of
 from attribution.pytest_plugin.chosen_models import models_of_the_run
-from attribution.pytest_plugin.collectors import ATTEMPT, EXHIBIT, LOADED, MEASURED, VERDICT
 from attribution.pytest_plugin.outcome import is_binding, outcome_of_claim, stop_run
+from attribution.pytest_plugin.recorded import (
+    ATTEMPT,
+    EXHIBIT,
+    LOADED,
+    MEASURED,
+    VERDICT,
+    begin_attempt,
+    record,
+    show_in_junit,
+)
 from attribution.pytest_plugin.session import OWN_PROMPTS, chosen_categories, is_gated, is_worker, keep, terminal
 
 if TYPE_CHECKING:
@@ -34,8 +43,6 @@ __all__ = [
 _RECORDED = pytest.StashKey[set[tuple[str, object]]]()
 _FACTS = pytest.StashKey[dict[str, "ModelFacts"]]()
 _LOADED = pytest.StashKey[dict[str, str]]()
-# How often a test was begun.
-_ATTEMPTS = pytest.StashKey[int]()
 
 
 @pytest.fixture(scope="session")
@@ -132,9 +139,7 @@ def attribution_prompts(request: pytest.FixtureRequest, attribution_bench: Workb
 
 
 @pytest.fixture
-def assert_claim(
-    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
-) -> Callable[[Verdict], None]:
+def assert_claim(request: pytest.FixtureRequest) -> Callable[[Verdict], None]:
     """Return a function that records a verdict for the table and the gate, and fails unless it is ``supported``.
 
     A claim that the registry records as not holding for the model is an expected failure while its verdict is the
@@ -146,9 +151,9 @@ def assert_claim(
     from attribution.pytest_plugin.policy import policy_of
     from attribution.report.verdicts import verdict_row
 
-    config = request.config
+    config, item = request.config, request.node
     policy = policy_of(config)
-    attempt = _begin_attempt(request.node)
+    attempt = begin_attempt(item)
 
     def check(verdict: Verdict) -> None:
         __tracebackhide__ = True
@@ -159,19 +164,20 @@ def assert_claim(
         )
         recorded = entry_of(verdict.model).not_supported.get(claim.id) if measured else None
         if claim.gated and is_gated(config):
-            _record_for_the_gate(config, verdict, record_property)
+            _record_for_the_gate(item, verdict)
         binding = is_binding(
             claim,
             entry_of(verdict.model),
             assert_all=bool(config.option.attribution_assert),
             bundled_prompts=OWN_PROMPTS not in config.stash,
         )
-        record_property(VERDICT, verdict_row(verdict, recorded, asserted=binding))
+        record(item, VERDICT, verdict_row(verdict, recorded, asserted=binding))
+        show_in_junit(item, verdict, binding=binding)
         if attempt > 1:
-            record_property(ATTEMPT, {"claim": claim.id, "attempt": attempt})
+            record(item, ATTEMPT, {"claim": claim.id, "attempt": attempt})
         loaded = config.stash.get(_LOADED, {}).get(verdict.model)
         if loaded is not None:
-            record_property(LOADED, {verdict.model: loaded})
+            record(item, LOADED, {verdict.model: loaded})
         outcome = outcome_of_claim(
             verdict.status.value,
             verdict.sentence(),
@@ -190,37 +196,22 @@ def assert_claim(
     return check
 
 
-def _begin_attempt(item: pytest.Item) -> int:
-    """Return which attempt at a test begins, from 1; what earlier ones recorded is dropped.
-
-    Plugins that run failed tests again keep the item, with what it recorded.
-    """
-    own = {VERDICT, MEASURED, LOADED, ATTEMPT}
-    item.user_properties[:] = [each for each in item.user_properties if each[0] not in own]
-    item.stash[_ATTEMPTS] = item.stash.get(_ATTEMPTS, 0) + 1
-    return item.stash[_ATTEMPTS]
-
-
-def _record_for_the_gate(
-    config: pytest.Config, verdict: Verdict, record_property: Callable[[str, object], None]
-) -> None:
+def _record_for_the_gate(item: pytest.Item, verdict: Verdict) -> None:
     from attribution.gate.stored_run import record_of
 
     __tracebackhide__ = True
-    facts = config.stash.get(_FACTS, {}).get(verdict.model)
+    facts = item.config.stash.get(_FACTS, {}).get(verdict.model)
     if facts is None:
         pytest.fail(
             f"claim {verdict.claim.id!r} is about the model {verdict.model!r}, which the fixture attribution_model did "
             "not load, so no stored run can tell its weights; load it by --model=NAME, or set gated=False.",
             pytrace=False,
         )
-    record_property(MEASURED, {"record": record_of(verdict), "facts": asdict(facts)})
+    record(item, MEASURED, {"record": record_of(verdict), "facts": asdict(facts)})
 
 
 @pytest.fixture
-def attribution_exhibit(
-    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
-) -> Callable[[Workbench, Callable[[Workbench], Exhibit]], None]:
+def attribution_exhibit(request: pytest.FixtureRequest) -> Callable[[Workbench, Callable[[Workbench], Exhibit]], None]:
     """Return a function that measures an exhibit and records it for the report, once for each model.
 
     Without a report it does nothing.
@@ -228,10 +219,10 @@ def attribution_exhibit(
     config = request.config
     recorded = config.stash.setdefault(_RECORDED, set())
 
-    def record(bench: Workbench, measure: Callable[[Workbench], Exhibit]) -> None:
+    def measured(bench: Workbench, measure: Callable[[Workbench], Exhibit]) -> None:
         which = bench.model.name, measure
         if config.option.attribution_report is not None and which not in recorded:
             recorded.add(which)
-            record_property(EXHIBIT, asdict(measure(bench)))
+            record(request.node, EXHIBIT, asdict(measure(bench)))
 
-    return record
+    return measured

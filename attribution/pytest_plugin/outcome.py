@@ -1,4 +1,4 @@
-"""Why a run is red: what the verdict on one claim does to its test, and what turns a run red besides failed tests.
+"""Why a run is red: what the verdict on one claim does to its test, and what turns a run red besides its tests.
 
 Nothing else in this package changes the exit status of pytest.
 """
@@ -6,7 +6,7 @@ Nothing else in this package changes the exit status of pytest.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attribution.claims.judge import Claim
     from attribution.pytest_plugin.policy import Policy
 
-__all__ = ["ClaimOutcome", "fail_run", "is_binding", "outcome_of_claim", "stop_run"]
+__all__ = ["ClaimOutcome", "fail_run", "is_binding", "outcome_of_claim", "report_as_test", "stop_run"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,60 @@ def fail_run(session: pytest.Session, reason: str = "") -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if reason:
         session.shouldfail = session.shouldfail or reason
+
+
+class _Message(str):
+    """A sentence that pytest takes for the message of an exception."""
+
+    __slots__ = ()
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why something failed, in the shape in which pytest has it of tests.
+
+    Attributes:
+        reprcrash: In a sentence: all that the terminal shows among the failures, as the whole follows in its own place.
+        whole: What files show, such as JUnit's.
+    """
+
+    reprcrash: _Message
+    whole: str
+
+    def toterminal(self, writer: Any) -> None:
+        writer.line(self.reprcrash)
+
+    def __str__(self) -> str:
+        return self.whole
+
+
+def report_as_test(session: pytest.Session, name: str, reason: str = "", whole: str = "") -> None:
+    """Report something that no test function checks as a test, so that the JUnit file and the summary have it.
+
+    Args:
+        session: The session, once its tests have run.
+        name: What to call the test.
+        reason: Why it failed, in a sentence; empty if it passed.
+        whole: The same at length.
+    """
+    manager = session.config.pluginmanager
+    terminal = manager.get_plugin("terminalreporter")
+    # The terminal prints a letter for each report, behind those of tests that are all done: it gets the count alone.
+    tell = manager.subset_hook_caller("pytest_runtest_logreport", [terminal] if terminal else [])
+    for when in ("setup", "call", "teardown"):
+        failed = when == "call" and bool(reason)
+        report = pytest.TestReport(
+            nodeid=name,
+            location=(name.partition("::")[0], None, name.rpartition("::")[2]),
+            keywords={},
+            outcome="failed" if failed else "passed",
+            longrepr=_Failure(_Message(reason), f"{reason}\n{whole}") if failed else None,  # type: ignore[arg-type]
+            when=when,
+        )
+        tell(report=report)
+        if terminal and when == "call":
+            terminal.stats.setdefault(report.outcome, []).append(report)

@@ -37,6 +37,10 @@ def comparison_lines(comparison: Comparison, name: str, before: StoredRun, after
     ]
     if other:
         lines.append(f"made with other versions: {'; '.join(other)}")
+    if not before.binding:
+        lines.append(
+            f"stored run {name!r} does not say which claims were binding: an earlier version wrote it; update it"
+        )
     lines += [f"not comparable: {problem}" for problem in comparison.problems]
     for what, changes in (("regressed", worse), ("worse, only reported", reported)):
         lines += _surest(what, changes)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from attribution.wording import printable
+
 __all__ = ["Column", "Table", "markdown_escaped", "width_of"]
 
 
@@ -72,14 +74,15 @@ class Table:
     @property
     def widths(self) -> tuple[int, ...]:
         """The width of each column on a terminal."""
-        return tuple(max(map(width_of, cells)) for cells in zip(self.headings, *self.rows, strict=True))
+        columns = zip(self.headings, *self.rows, strict=True)
+        return tuple(max(width_of(printable(cell)) for cell in cells) for cells in columns)
 
     def text(self) -> list[str]:
         """Return the table as lines for a terminal, the headings first; the caption is left to the caller."""
         lines, widths = [], self.widths
         for row in (self.headings, *self.rows):
             cells = []
-            for cell, width, column in zip(row, widths, self.columns, strict=True):
+            for cell, width, column in zip(map(printable, row), widths, self.columns, strict=True):
                 space = " " * (width - width_of(cell))
                 cells.append(space + cell if column.is_number else cell + space)
             lines.append("  ".join(cells).rstrip())

@@ -64,7 +64,8 @@ def _exact(effect: float, n: int = 12, threshold: float = 1) -> Verdict:
 
 def _run(*verdicts: Verdict, **facts: ModelFacts) -> StoredRun:
     models = {verdict.model: CPU for verdict in verdicts} | facts
-    return stored_run_of([record_of(verdict) for verdict in verdicts], models)
+    binding = {stored_run.key_of(verdict): verdict.claim.asserted for verdict in verdicts}
+    return stored_run_of([record_of(verdict) for verdict in verdicts], models, binding)
 
 
 def _only(comparison: Comparison) -> Change:
@@ -210,6 +211,8 @@ FOREIGN = {
     "prompts": (_set(lambda c: c["prompts"], "abc", ["city"]), "a list of prompts 'abc' that is not made of"),
     "model": (_set(lambda c: c["models"]["m"], "weights", None), "has 'None' as 'weights' of model 'm'"),
     "versions": (_set(lambda c: c["versions"], "torch", 2), "has versions that are not texts"),
+    "binding": (_set(lambda c: c, "binding", ["other"]), "does not say by model and method which claims were binding"),
+    "bound": (_set(lambda c: c["binding"]["m"]["paper"], "other", 1), "by true or false which claims were binding"),
     "claim twice": (lambda c: c["claims"].append(copy.deepcopy(_other(c))), r"holds the claim 'other' .* twice"),
 }  # fmt: skip
 
@@ -320,6 +323,10 @@ OTHERWISE = {
         "model 'm' has the dtype 'bfloat16', and the stored run was made with 'float32'; use that, or pass "
         "--attribution-allow=dtype",
     ),
+    "no longer binding": (
+        replace(BEFORE, binding={**BEFORE.binding, ("m", "paper", "top"): False}),
+        "the claim 'top' (paper on m) was binding in the stored run and is only reported in this one; let the registry",
+    ),
     "another device": (
         _of_model(device="cuda"),
         "model 'm' has the device 'cuda', and the stored run was made with 'cpu'; use that, or pass "
@@ -338,6 +345,25 @@ def test_run_that_differs_from_its_stored_run_in_more_than_its_effects_is_not_co
         assert problem.endswith(".")
         assert ";" in problem
         assert "\n" not in problem
+
+
+def test_a_claim_that_takes_no_part_in_the_gate_may_not_stop_being_binding_either() -> None:
+    known = ("m", "", "top layers")
+    before, after = (replace(BEFORE, binding={**BEFORE.binding, known: bound}) for bound in (True, False))
+    assert compare(before, before).problems == compare(after, before).problems == ()
+    (problem,) = compare(before, after).problems
+    assert problem.startswith("the claim 'top layers' (m) was binding in the stored run and is only reported in this")
+
+
+def test_a_stored_run_of_an_earlier_version_is_compared_and_says_what_it_lacks() -> None:
+    earlier = loads(dumps(replace(BEFORE, binding={})))
+    assert earlier.binding == {}
+    comparison = compare(earlier, BEFORE)
+    assert comparison.problems == ()
+    assert (
+        "stored run 'main' does not say which claims were binding: an earlier version wrote it; update it"
+        in comparison_lines(comparison, "main", earlier, BEFORE)
+    )
 
 
 def test_what_differs_is_not_compared_and_the_rest_is() -> None:

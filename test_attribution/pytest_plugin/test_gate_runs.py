@@ -57,9 +57,10 @@ def test_nothing():
 class Suite:
     """A folder with claims, a tiny model and a way to run them."""
 
-    def __init__(self, pytester: pytest.Pytester, model: at.Model) -> None:
+    def __init__(self, pytester: pytest.Pytester, models: dict[str, at.Model]) -> None:
         self.pytester = pytester
-        self.model = model
+        self.models = models
+        self.model = models["gpt2"]
         self.file = pytester.path / ".attribution" / "main.json"
         pytester.makepyfile(test_suite=SUITE)
         pytester.makeini("[pytest]\naddopts = --strict-markers -p no:cacheprovider\nfilterwarnings = error")
@@ -84,7 +85,7 @@ def models(loaded: Callable[[str], at.Model]) -> Iterator[dict[str, at.Model]]:
 @pytest.fixture
 def suite(models: dict[str, at.Model], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """Two claims that hold. The model is loaded once for all runs and not checked: its claims are made up."""
-    made = Suite(pytester, models["gpt2"])
+    made = Suite(pytester, models)
     knowledge = attribution.prompts.knowledge.load_knowledge()
     monkeypatch.setattr("attribution.models.loading.locate", lambda name, **_: None)
     monkeypatch.setattr("attribution.models.loading.load", lambda name, **_: made.model)
@@ -126,7 +127,7 @@ def _says(result: pytest.RunResult, *parts: str) -> None:
 def test_first_run_writes_a_stored_run_and_fails_until_it_is_there(suite: Suite) -> None:
     result = suite.run("--attribution-save=main")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=3, failed=1)
     _says(
         result,
         f"wrote 2 claims to {suite.file}",
@@ -154,7 +155,8 @@ def test_run_that_measures_worse_is_red_and_says_what_and_where(saved: Suite) ->
     result = saved.run("--attribution-compare")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     # Every claim still holds: the gate alone is red.
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=3, failed=1)
+    result.stdout.fnmatch_lines(["FAILED attribution::gate - 1 worse than in stored run 'main'"])
     _says(
         result,
         "1 unchanged, 0 changed within their intervals, 0 improved, 1 regressed",
@@ -173,12 +175,12 @@ def test_verdict_that_is_left_out_is_an_expected_failure(suite: Suite) -> None:
     # What does not hold can be a stored run too.
     result = suite.run("--attribution-save=main", "--attribution-update")
     assert result.ret == 1
-    result.assert_outcomes(passed=2, failed=1)
+    result.assert_outcomes(passed=3, failed=1)
     _says(result, "wrote 2 claims")
     assert suite.run("--attribution-compare").ret == 1
     left_out = suite.run("--attribution-compare", "--attribution-fail=regressions")
     assert left_out.ret == 0
-    left_out.assert_outcomes(passed=2, xfailed=1)
+    left_out.assert_outcomes(passed=3, xfailed=1)
 
 
 def test_what_is_only_reported_is_compared_and_does_not_fail(suite: Suite) -> None:
@@ -267,7 +269,8 @@ def test_path_after_a_bare_option_is_a_path(saved: Suite, before: str) -> None:
     saved.pytester.makepyfile(test_other="def test_it(): raise RuntimeError")
     result = saved.run(*before.split(), "test_suite.py")
     assert result.ret == 0
-    result.assert_outcomes(passed=3)
+    # Those of the suite, and the gate.
+    result.assert_outcomes(passed=4)
     _says(result, "2 of 2 claims of stored run 'main'")
 
 
@@ -490,7 +493,7 @@ def test_distributed_run_saves_and_compares_as_one(
         f"--model={folders['gpt2']}", "-n2", "--attribution-compare=alone", "--attribution-save=main"
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.assert_outcomes(passed=13)
+    result.assert_outcomes(passed=13, failed=1)
     _says(result, "created: 2/2 workers", "12 of 12 claims of stored run 'alone'", "12 unchanged", "wrote 12 claims")
     _says(result, "! attribution gate: stored run 'main' is new !")
     alone, distributed = (

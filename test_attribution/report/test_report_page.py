@@ -458,8 +458,10 @@ def test_nothing_is_measured_unasked(request):
 """
 # What the fixture assert_claim records, without the seconds that it takes to import torch.
 CLAIM = f"""
-def test_claim(record_property):
-    record_property("attribution_verdict", {ROWS[0]!r})
+from attribution.pytest_plugin.recorded import VERDICT, record
+
+def test_claim(request):
+    record(request.node, VERDICT, {ROWS[0]!r})
 """
 
 

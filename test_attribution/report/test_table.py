@@ -25,6 +25,15 @@ def test_text_is_aligned_by_what_a_terminal_shows() -> None:
     assert [width_of(text) for text in ("", "ab", "東京", "e\u0301")] == [0, 2, 4, 1]
 
 
+def test_what_a_terminal_would_obey_is_written_as_its_number() -> None:
+    hostile = Table.of(["claim", Column("n", "number")], [["one\x1b[2J\r\u202e", "3"], ["東京", "12"]])
+    assert hostile.text() == [
+        "claim                n",
+        r"one\x1b[2J\r\u202e   3",
+        "東京                12",
+    ]
+
+
 def test_table_without_rows_is_its_headings() -> None:
     empty = Table.of(["model", Column("n", "number")], [])
     assert empty.text() == ["model  n"]
