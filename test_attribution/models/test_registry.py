@@ -75,7 +75,7 @@ def test_what_is_asserted_has_a_source_and_what_was_measured_is_stored() -> None
             # Nothing was measured on them here.
             assert "measured" not in entry.asserted.values()
             assert not entry.not_supported
-    assert measured == {"bundled:gpt2", "bundled:llama", "smollm2"}
+    assert measured == {"bundled:gpt2", "bundled:llama", "smollm2", "gemma3_270m"}
     assert {entry.name for entry in registry().values() if entry.asserted} - measured == {"gpt2-large", "llama-7b"}
 
 
