@@ -191,10 +191,12 @@ class Gate:
             if self._stored_run is not None:
                 self._compare(self._stored_run, run)
             if self._save is not None and self._red:
-                self._lines.append(
-                    f"stored run {self._save!r} was not written: this run is red. To accept what it lost, store it in "
-                    f"a run of its own: {SAVE}={self._save} --attribution-update, without {COMPARE}."
-                )
+                self._lines.append(f"stored run {self._save!r} was not written: this run is red.")
+                if self._stored_run is not None:
+                    self._lines[-1] += (
+                        f" To accept what it lost, store it in a run of its own: {SAVE}={self._save} "
+                        f"--attribution-update, without {COMPARE}."
+                    )
             elif self._save is not None:
                 self._write(self._save, run, session)
         except AttributionError as error:

@@ -442,3 +442,47 @@ def test_control_characters_of_a_claim_do_not_reach_the_terminal(suite: Suite) -
     for each in (result, compared):
         assert "\x1b" not in each.stdout.str()
         assert "\r" not in each.stdout.str().replace("\r\n", "\n")
+
+
+# In processes of their own, by a model that each of them loads
+
+
+@pytest.fixture
+def apart(suite: Suite, folders: dict[str, Path]) -> Callable[..., pytest.RunResult]:
+    """Run pytest in a process of its own on a stored run."""
+    suite.model = replace(suite.model, name=str(folders["gpt2"]))
+    assert suite.run("--attribution-save=main", "--attribution-update").ret == 0
+    return lambda *options: suite.pytester.runpytest_subprocess(f"--model={folders['gpt2']}", *options)
+
+
+@pytest.mark.exhaustive
+def test_attacks_that_need_a_process_are_seen(
+    apart: Callable[..., pytest.RunResult], suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert apart(COMPARE).ret == 0
+    crash = suite.pytester.makepyfile(test_z="import os\ndef test_it(): os._exit(0)")
+    crashed = apart(COMPARE, "-n2")
+    assert crashed.ret == 1
+    assert "crashed while running" in _output(crashed)
+    crash.unlink()
+    suite.measure(one={"shift": -0.5}, two={})
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    optimized = apart(COMPARE)
+    assert optimized.ret == 1
+    assert "1 worse than in stored run 'main'" in _output(optimized)
+    monkeypatch.delenv("PYTHONOPTIMIZE")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    alone = apart(COMPARE)
+    assert alone.ret == 4
+    assert "unrecognized arguments" in _output(alone)
+
+
+@pytest.mark.exhaustive
+def test_what_no_gate_can_stop_leaves_no_test_case_of_the_gate(
+    apart: Callable[..., pytest.RunResult], suite: Suite
+) -> None:
+    """As docs/security.md says: whoever trusts the exit status alone is fooled, who looks for the test case is not."""
+    suite.measure(one={"shift": -0.5}, two={})
+    suite.pytester.makepyfile(test_a="import os\ndef test_it(): os._exit(0)")
+    assert apart(COMPARE, "--junitxml=out.xml").ret == 0
+    assert not (suite.pytester.path / "out.xml").exists()
