@@ -767,7 +767,8 @@ def test_record_survives_a_process_boundary() -> None:
     verdict = judge(_claim(), model="m", effects=list(np.array([0.1, 0.2, 0.3])), facts=["a", "b", "c"])
     record = record_of(replace(verdict, effect=np.float64(0.2)))
     assert type(record["effect"]) is float
-    assert repr(_run(verdict)) == repr(stored_run_of([json.loads(json.dumps(record))], {"m": CPU}))
+    sent = stored_run_of([json.loads(json.dumps(record))], {"m": CPU}, {stored_run.key_of(verdict): True})
+    assert repr(_run(verdict)) == repr(sent)
 
 
 @pytest.mark.parametrize("name", ["", "../main", "a/b", ".hidden", "a b", "main\n", "x" * 101, "test.py::test"])
