@@ -3,7 +3,7 @@
     python -m benchmarks.false_alarms    # print two tables; about half an hour on two cores
 
 A harmless change moves some of 300 facts, up as often as down. A harmful one moves them as much, nearly all down. The
-facts that it moves, the sizes and the signs are drawn anew in every run.
+facts that it moves, the sizes and the signs are drawn again in every run.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ __all__ = [
     "dumps",
     "is_finite",
     "is_possible",
+    "checksum_of",
     "key_of",
     "label",
     "loads",
@@ -231,7 +232,7 @@ def _verdict(record: Mapping[str, Any]) -> Verdict:
     )  # fmt: skip
 
 
-def _digest(content: object) -> str:
+def checksum_of(content: object) -> str:
     """Return a hash that does not depend on the layout of the text."""
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -258,7 +259,7 @@ def dumps(stored_run: StoredRun) -> str:
             )
         record = record_of(verdict)
         if record["prompts"] is not None:
-            name = _digest(list(record["prompts"].items()))[:12]
+            name = checksum_of(list(record["prompts"].items()))[:12]
             lists[name] = record["prompts"]
             record["prompts"] = name
         claims.append(record)
@@ -272,7 +273,7 @@ def dumps(stored_run: StoredRun) -> str:
     }
     if stored_run.binding:
         content["binding"] = _nested(stored_run.binding)
-    return _laid_out({**content, "checksum": _digest(content)}) + "\n"
+    return _laid_out({**content, "checksum": checksum_of(content)}) + "\n"
 
 
 def _nested(binding: Mapping[Key, bool]) -> dict[str, dict[str, dict[str, bool]]]:
@@ -339,7 +340,7 @@ def loads(text: str) -> StoredRun:
     if written != f"attribution baseline {FORMAT}":
         raise ValueError(f"has the format {written!r}, and this version reads 'attribution baseline {FORMAT}'")
     checksum = content.pop("checksum", None)
-    if checksum != _digest(content):
+    if checksum != checksum_of(content):
         raise ValueError("was changed after it was written: its checksum does not fit")
     # Earlier versions did not write it.
     binding = _binding(content.pop("binding", {}))

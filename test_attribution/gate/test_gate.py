@@ -122,7 +122,7 @@ def _text(edit: Callable[[Any], object] | None = None) -> str:
     content = json.loads(text)
     edit(content)
     content.pop("checksum")
-    return json.dumps(content | {"checksum": stored_run._digest(content)})
+    return json.dumps(content | {"checksum": stored_run.checksum_of(content)})
 
 
 def test_stored_run_truncated_anywhere_is_refused(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from attribution.gate.stored_run import dumps, loads
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parent))
-    from test_gate_runs import RERUNS, Suite, _one_thread, first_stored_run, models, saved, suite
+    from test_gate_runs import RERUNS, Suite, first_stored_run, models, one_thread, saved, suite
 
-__all__ = ["_one_thread", "first_stored_run", "models", "saved", "suite"]
+__all__ = ["first_stored_run", "models", "one_thread", "saved", "suite"]
 
 pytest_plugins = ["pytester"]
 
@@ -68,7 +68,7 @@ def _forge(edit: Callable[[Any], object]) -> Callable[[Suite], None]:
         content = json.loads(suite.file.read_text())
         del content["checksum"]
         edit(content)
-        content["checksum"] = stored_run._digest(content)
+        content["checksum"] = stored_run.checksum_of(content)
         suite.file.write_text(json.dumps(content))
 
     return change
@@ -107,22 +107,12 @@ def _conftest(code: str) -> Callable[[Suite], None]:
     return lambda suite: suite.pytester.makeconftest(code) and None
 
 
-def _harmed(code: str) -> Callable[[Suite], None]:
-    """Let a claim get worse, beside a conftest.py that is to hide it."""
-
-    def change(suite: Suite) -> None:
-        suite.measure(one={"shift": -0.5}, two={})
-        suite.pytester.makeconftest(code)
-
-    return change
-
-
 def _ini(options: str) -> Callable[[Suite], None]:
     return lambda suite: suite.pytester.makeini(f"[pytest]\naddopts = -p no:cacheprovider {options}") and None
 
 
 def _environment(**variables: str) -> Callable[[Suite], None]:
-    return lambda suite: [suite.pytester._monkeypatch.setenv(*each) for each in variables.items()] and None
+    return lambda suite: [suite.environment.setenv(*each) for each in variables.items()] and None
 
 
 def _test(code: str) -> Callable[[Suite], None]:
@@ -195,7 +185,7 @@ ATTACKS: dict[str, Step] = {
     "a pipe in its place": Step(_instead(os.mkfifo), status=4, says=NONE_THERE),
     "a device in its place": Step(_instead(lambda path: path.symlink_to("/dev/null")), status=4, says=NONE_THERE),
     "a file in the folder's place": Step(_folder_is_a_file, status=4, says=NONE_THERE),
-    # The file, by somebody who mends its checksum.
+    # The file, by somebody who lets its checksum fit.
     "forged: a claim is gone": Step(
         _forge(lambda c: c["claims"].pop()), says="was measured, and the stored run does not have it"
     ),
@@ -251,7 +241,7 @@ ATTACKS: dict[str, Step] = {
     ),
     "file of claims ignored": Step(_nothing, (COMPARE, "--ignore=test_suite.py"), 1, "was not measured"),
     "stopped at the first failure": Step(
-        _both(_claims("zero", "one", "two"), _measure(broken=True)), (COMPARE, "-x"), 1, "was not measured"
+        _measure(broken=True), (COMPARE, "-x"), 1, "was not measured"
     ),
     # What is measured.
     "half a nat worse": Step(_measure(shift=-0.5), says=WORSE),
@@ -276,10 +266,6 @@ ATTACKS: dict[str, Step] = {
     "another measure": Step(_edited('"fall in nats"', '"fall"'), says="has another effect"),
     "another method": Step(_edited('method="paper"', 'method="mine"'), says="was not measured"),
     "all prompts are one fact": Step(_edited("facts=prompts", 'facts=["city 00"] * len(prompts)'), says="to the fact"),
-    "effects in another order": Step(
-        _edited("range(how[\"n\"])]\n    prompts", "reversed(range(how[\"n\"]))]\n    prompts"), status=0,
-        says="changed within their intervals",
-    ),
     "measured twice": Step(_edited("    assert_claim(", TWICE), says="was measured twice"),
     "other weights": Step(
         lambda suite: setattr(suite, "model", suite.models["llama"]), says="model 'tiny' has the weights sha256:"
@@ -288,7 +274,10 @@ ATTACKS: dict[str, Step] = {
     # Code that runs beside it.
     "a claim is skipped": Step(_conftest(MARK.format("pytest.mark.skip")), says=NOT_MEASURED),
     "a claim is not run": Step(_conftest(MARK.format("pytest.mark.xfail(run=False)")), says=NOT_MEASURED),
-    "a claim is expected to fail": Step(_harmed(MARK.format("pytest.mark.xfail")), says=WORSE),
+    "a claim is expected to fail": Step(
+        _both(lambda suite: suite.measure(one={}, two={"shift": -2}), _conftest(MARK.format("pytest.mark.xfail"))),
+        says=WORSE,
+    ),
     "a claim is taken out on the way": Step(
         _conftest("def pytest_collection_modifyitems(items): items[:] = [i for i in items if 'two' not in i.name]"),
         says=NOT_MEASURED,
@@ -333,7 +322,7 @@ ATTACKS: dict[str, Step] = {
     ),
 }  # fmt: skip
 
-REPORTED = MARK.replace('"two" in item.name', '"nothing" in item.name').format("pytest.mark.skip")
+SKIPPED = MARK.replace('"two" in item.name', '"nothing" in item.name').format("pytest.mark.skip")
 HARMLESS: dict[str, Step] = {
     "nothing": Step(_nothing),
     "claims in another order": Step(_claims("two", "one")),
@@ -349,11 +338,14 @@ HARMLESS: dict[str, Step] = {
     "by path": Step(_nothing, (COMPARE, "test_suite.py")),
     "noise of 1e-7": Step(_measure(shift=1e-7)),
     "noise just within the tolerance": Step(_measure(shift=-0.00009)),
+    "effects change places, and the mean stays": Step(
+        _edited('range(how["n"])]\n    prompts', 'reversed(range(how["n"]))]\n    prompts')
+    ),
     "a claim is better": Step(_measure(shift=0.5)),
     "a claim that takes no part": Step(lambda suite: suite.measure(one={}, two={}, three={"gated": False})),
     "a test more": Step(_test("def test_it(): pass")),
     "a skipped test more": Step(_test("import pytest\ndef test_it(): pytest.skip('not here')")),
-    "a conftest.py": Step(_conftest(REPORTED)),
+    "a test that measures nothing is skipped": Step(_conftest(SKIPPED)),
     "options in the ini file": Step(_ini(COMPARE), ()),
     "options in the environment": Step(_environment(PYTEST_ADDOPTS=COMPARE), ()),
     "a narrow terminal": Step(_environment(COLUMNS="40")),
@@ -394,11 +386,6 @@ def test_harmless_change_is_green(name: str, saved: Suite) -> None:
     result = saved.run(*step.options)
     assert "2 of 2 claims of stored run 'main'" in _output(result)
     assert result.ret == 0, _output(result)
-
-
-def test_there_are_as_many_as_promised() -> None:
-    assert len(ATTACKS) >= 60
-    assert len(HARMLESS) >= 20
 
 
 # The file that continuous integration shows

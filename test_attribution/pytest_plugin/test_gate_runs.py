@@ -57,8 +57,9 @@ def test_nothing():
 class Suite:
     """A folder with claims, a tiny model and a way to run them."""
 
-    def __init__(self, pytester: pytest.Pytester, models: dict[str, at.Model]) -> None:
+    def __init__(self, pytester: pytest.Pytester, models: dict[str, at.Model], environment: pytest.MonkeyPatch) -> None:
         self.pytester = pytester
+        self.environment = environment
         self.models = models
         self.model = models["gpt2"]
         self.file = pytester.path / ".attribution" / "main.json"
@@ -85,7 +86,7 @@ def models(loaded: Callable[[str], at.Model]) -> Iterator[dict[str, at.Model]]:
 @pytest.fixture
 def suite(models: dict[str, at.Model], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """Two claims that hold. The model is loaded once for all runs and not checked: its claims are made up."""
-    made = Suite(pytester, models)
+    made = Suite(pytester, models, monkeypatch)
     knowledge = attribution.prompts.knowledge.load_knowledge()
     monkeypatch.setattr("attribution.models.loading.locate", lambda name, **_: None)
     monkeypatch.setattr("attribution.models.loading.load", lambda name, **_: made.model)
@@ -96,7 +97,7 @@ def suite(models: dict[str, at.Model], pytester: pytest.Pytester, monkeypatch: p
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that run side by side with a thread for each core wait for each other most of the time."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
